@@ -353,7 +353,9 @@ def sizes(model: ModelSettings, vocab_size: int | None = None) -> Sizes:
 # ---------------------------------------------------------------------------------------------- presets
 
 
-def _paper(unit: Unit, num_layers: int, hidden_size: int, feedback: Feedback) -> tuple[ModelSettings, OptimizerSettings]:
+def _paper(
+    unit: Unit, num_layers: int, hidden_size: int, feedback: Feedback
+) -> tuple[ModelSettings, OptimizerSettings]:
     """A model of the paper's Table 1 in its faithful form, with Table 2's optimizer."""
     model = ModelSettings(unit=unit, num_layers=num_layers, hidden_size=hidden_size, feedback=feedback)
     if unit == "mrnn":
@@ -416,7 +418,12 @@ def presets() -> dict[str, Settings]:
         data=DataSettings(corpus="enwik8-1m"),
         batch=BatchSettings(rows=32, steps=50),
         optimization=OptimizerSettings(
-            learning_rate=4e-3, clip=1.0, schedule="cosine", warmup_updates=50, final_learning_rate=1e-4, average="ema",
+            learning_rate=4e-3,
+            clip=1.0,
+            schedule="cosine",
+            warmup_updates=50,
+            final_learning_rate=1e-4,
+            average="ema",
             average_decay=0.99,
         ),
         run=RunSettings(max_updates=1200, valid_every=300, checkpoint_every=300, eval_streams=32, eval_warmup=200),

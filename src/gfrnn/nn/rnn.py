@@ -1,0 +1,373 @@
+"""GatedFeedbackRNN: the layer, with torch.nn.LSTM's interface.
+
+Parameters of layer j (L layers, H units, I inputs; G * H rows of unit pre-activations, Lg global gates, K = G * H + Lg;
+rows in the order candidate, unit gates (GRU r, z; LSTM i, f, o), global gates):
+    weight_ih_l{j} [K, I or H]       from the layer below (layer 0: the input)
+    weight_xh_l{j} [K, I]            input skips, j > 0
+    weight_hc_l{j} [H, H or L * H]   recurrent, candidate: U^{i->j} side by side over i
+    weight_hu_l{j} [(G - 1) * H, H or L * H]   recurrent, unit gates (not tanh)
+    weight_hg_l{j} [L, L * H]        recurrent, global gates: u_g of i -> j, one row an i (gated feedback)
+    bias_l{j} [K], bias_hc_l{j} [H]  (the latter GRU with hidden_bias)
+    norm_l{j} [G * H], norm_cell_l{j} [H], bias_cell_l{j} [H]   layer norm (the last two LSTM)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfrnn.config import Feedback, UnitGates
+from gfrnn.nn.noise import Noise
+from gfrnn.nn.plan import LayerWeights, Plan
+from gfrnn.nn.recurrence import recurrence
+from gfrnn.nn.reference import recurrence_reference
+from gfrnn.nn.units import GATES
+
+State = Tensor | tuple[Tensor, Tensor]
+"""h [L, B, H], for the LSTM (h, c)."""
+
+# Places of masks (noise.py): rows' masks and weights' masks are numbered apart from each other.
+_PLACE_INPUT, _PLACE_BELOW, _PLACE_WEIGHT = 0, 100, 1000
+
+# Our row order of a unit's pre-activations, as indices of torch's (LSTM i f g o, GRU r z n).
+_TORCH_ROWS = {"lstm": (2, 0, 1, 3), "gru": (2, 0, 1), "tanh": (0,)}
+
+
+class GatedFeedbackRNN(nn.Module):
+    """A multi-layer recurrent network in which every layer at t-1 feeds every layer at t through a learned scalar gate.
+
+    Chung, Gulcehre, Cho, Bengio: Gated Feedback Recurrent Neural Networks, ICML 2015 (arXiv 1502.02367).
+
+    Args:
+        input_size: I, width of the input, or number of symbols when the input is integers.
+        hidden_size: H, units a layer.
+        num_layers: L.
+        unit: "lstm", "gru" or "tanh".
+        feedback: "gated"; "full" (every gate fixed to 1); "none" (a plain stack, equal to torch.nn.LSTM / GRU / RNN).
+        unit_gates: whether the unit's own gates read "all" layers at t-1 or their "own" (no effect without feedback).
+        input_skips: every layer reads the input.
+        output_skips: the output is all layers' side by side, [.., L * H].
+        residual: from the second layer on, a layer passes up its output plus its input.
+        bias: as torch.nn.LSTM's.
+        batch_first: input and output are [B, T, ..]; states stay [L, B, H].
+        dropout: locked dropout between layers, one mask a row for all steps.
+        input_dropout: locked dropout on the input (of integer input: of whole symbols).
+        weight_dropout: dropout on the recurrent weights, one mask a call.
+        layer_norm: normalise every unit pre-activation over H, and the LSTM's cell before its tanh.
+        hidden_bias: GRU: a bias inside the product with the reset gate, as torch.nn.GRU has.
+        compute_dtype: of the operands of products (torch.bfloat16); None: the parameters'. All else keeps fp32.
+        reference: run the plain loop instead of the fast path; same results, many times slower.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        unit: str = "lstm",
+        feedback: Feedback = "gated",
+        unit_gates: UnitGates = "all",
+        input_skips: bool = False,
+        output_skips: bool = False,
+        residual: bool = False,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        hidden_bias: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        reference: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check(unit, feedback, unit_gates, hidden_bias, input_size, hidden_size, num_layers)
+        for name, value in {
+            "dropout": dropout,
+            "input_dropout": input_dropout,
+            "weight_dropout": weight_dropout,
+        }.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 0 and less than 1")
+        self.plan = Plan(
+            unit=unit,
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            feedback=feedback,
+            unit_gates=unit_gates,
+            input_skips=input_skips,
+            output_skips=output_skips,
+            residual=residual,
+            layer_norm=layer_norm,
+            compute_dtype=compute_dtype,
+        )
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.batch_first, self.bias = batch_first, bias
+        self.dropout, self.input_dropout, self.weight_dropout = dropout, input_dropout, weight_dropout
+        self.reference = reference
+
+        plan, L, H, K = self.plan, num_layers, hidden_size, self.plan.rows
+        unit_gate_rows = plan.unit_rows - H
+
+        def parameter(name: str, *shape: int) -> None:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
+        for j in range(L):
+            parameter(f"weight_ih_l{j}", K, input_size if j == 0 else H)
+            if j > 0 and input_skips:
+                parameter(f"weight_xh_l{j}", K, input_size)
+            parameter(f"weight_hc_l{j}", H, plan.candidate_sources * H)
+            if unit_gate_rows:
+                parameter(f"weight_hu_l{j}", unit_gate_rows, plan.unit_sources * H)
+            if plan.global_gates:
+                parameter(f"weight_hg_l{j}", L, L * H)
+            if bias:
+                parameter(f"bias_l{j}", K)
+            if hidden_bias:
+                parameter(f"bias_hc_l{j}", H)
+            if layer_norm:
+                parameter(f"norm_l{j}", plan.unit_rows)
+                if plan.has_cell:
+                    parameter(f"norm_cell_l{j}", H)
+                    parameter(f"bias_cell_l{j}", H)
+        self.reset_parameters()
+
+    @property
+    def output_size(self) -> int:
+        """Width of the output: H, with output skips L * H."""
+        return self.hidden_size * (self.num_layers if self.plan.output_skips else 1)
+
+    def reset_parameters(self) -> None:
+        """Recurrent H x H blocks orthogonal each, biases zero (as the authors' code), the rest uniform(+-1/sqrt(H))."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for name, p in self.named_parameters():
+            if name.startswith(("weight_hc", "weight_hu")):
+                for rows in p.data.split(self.hidden_size, dim=0):
+                    for block in rows.split(self.hidden_size, dim=1):
+                        nn.init.orthogonal_(block)
+            elif name.startswith("weight"):
+                nn.init.uniform_(p, -bound, bound)
+            elif name.startswith("norm"):
+                nn.init.ones_(p)
+            else:
+                nn.init.zeros_(p)
+
+    def set_forget_bias(self, value: float) -> None:
+        """Sets the LSTM's forget gates' biases."""
+        H = self.hidden_size
+        for j in range(self.num_layers):
+            self.get_parameter(f"bias_l{j}").data[2 * H : 3 * H] = value
+
+    def forward(self, input: Tensor, state: State | None = None, *, noise: Noise | None = None) -> tuple[Tensor, State]:
+        """Runs T steps.
+
+        Args:
+            input: [T, B, I] ([B, T, I] if batch_first, [T, I] unbatched), or integers in 0..I-1 without the last axis,
+                which stand for one-hot vectors and are looked up.
+            state: h [L, B, H], for the LSTM (h, c); zeros if None; [L, H] unbatched.
+            noise: where dropout masks come from; None draws fresh ones, as nn.Dropout does. Unused in eval mode.
+
+        Returns:
+            output [T, B, H] ([.., L * H] with output skips) and the state after the last step.
+
+        Raises:
+            ValueError: shapes that do not fit, no steps.
+        """
+        symbols = not input.is_floating_point()
+        batched = input.dim() == (2 if symbols else 3)
+        if not batched:
+            if input.dim() != (1 if symbols else 2):
+                raise ValueError(f"input has shape {tuple(input.shape)}; expected [T, B{', I' * (not symbols)}]")
+            input = input.unsqueeze(1)
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        if not symbols and input.shape[2] != self.input_size:
+            raise ValueError(f"input is {input.shape[2]} wide; this network has input_size={self.input_size}")
+        T, B = input.shape[:2]
+        if T == 0:
+            raise ValueError("input has no steps")
+        if self.training and noise is None and (self.dropout or self.input_dropout or self.weight_dropout):
+            noise = Noise.fresh(B, input.device)
+        if not self.training:
+            noise = None
+
+        weights, from_input_NI = self._weights(noise)
+        dtype = from_input_NI.dtype
+        h_BLH, c_BLH = self._start(state, batched, B, dtype, input.device)
+        x_TBN = self._read_input(input, from_input_NI, symbols, noise)
+        mask_LBH = None
+        if noise is not None and self.dropout and self.num_layers > 1:
+            masks = [
+                noise.row_mask(_PLACE_BELOW + j, self.hidden_size, self.dropout) for j in range(1, self.num_layers)
+            ]
+            mask_LBH = torch.stack(masks).to(dtype)
+
+        run = recurrence_reference if self.reference else recurrence
+        y_TBY, h_BLH, c_next_BLH = run(self.plan, x_TBN, h_BLH, c_BLH, mask_LBH, weights)
+        h_LBH = h_BLH.transpose(0, 1)
+        c_LBH = c_next_BLH.transpose(0, 1) if c_next_BLH is not None else None
+        if not batched:
+            y_TBY, h_LBH = y_TBY.squeeze(1), h_LBH.squeeze(1)
+            c_LBH = c_LBH.squeeze(1) if c_LBH is not None else None
+        elif self.batch_first:
+            y_TBY = y_TBY.transpose(0, 1)
+        return y_TBY, h_LBH if c_LBH is None else (h_LBH, c_LBH)
+
+    def _weights(self, noise: Noise | None) -> tuple[list[LayerWeights], Tensor]:
+        """Every layer's weights as the recurrence takes them, and those of the input [N, I]; weight dropout applied."""
+        place = _PLACE_WEIGHT
+
+        def get(name: str) -> Tensor | None:
+            p = self._parameters.get(name)
+            if p is None:
+                return None
+            # parameters kept in bf16 (DeepSpeed's own bf16): products stay bf16, everything else fp32
+            return p.float() if p.dtype == torch.bfloat16 else p
+
+        def recurrent(name: str) -> Tensor | None:
+            nonlocal place
+            place += 1
+            p = get(name)
+            if p is None or noise is None or not self.weight_dropout:
+                return p
+            return p * noise.weight_mask(place, p, self.weight_dropout)
+
+        layers, from_input = [], []
+        for j in range(self.num_layers):
+            below = get(f"weight_ih_l{j}")
+            candidate = recurrent(f"weight_hc_l{j}")
+            assert below is not None and candidate is not None
+            bias = get(f"bias_l{j}")
+            layers.append(
+                LayerWeights(
+                    below=below if j > 0 else None,
+                    candidate=candidate,
+                    unit=recurrent(f"weight_hu_l{j}"),
+                    gates=get(f"weight_hg_l{j}"),
+                    bias=bias if bias is not None else below.new_zeros(self.plan.rows),
+                    hidden_bias=get(f"bias_hc_l{j}"),
+                    gain=get(f"norm_l{j}"),
+                    cell_gain=get(f"norm_cell_l{j}"),
+                    cell_bias=get(f"bias_cell_l{j}"),
+                )
+            )
+            skip = below if j == 0 else get(f"weight_xh_l{j}")
+            if skip is not None:
+                from_input.append(skip)
+        return layers, torch.cat(from_input) if len(from_input) > 1 else from_input[0]
+
+    def _read_input(self, input: Tensor, from_input_NI: Tensor, symbols: bool, noise: Noise | None) -> Tensor:
+        """The input's part of the pre-activations, for all steps at once: [T, B, N]."""
+        mask_BI = None
+        if noise is not None and self.input_dropout:
+            mask_BI = noise.row_mask(_PLACE_INPUT, self.input_size, self.input_dropout).to(from_input_NI.dtype)
+        if symbols:  # W x of a one-hot x is a column of W
+            x_TBN = F.embedding(input, from_input_NI.T.contiguous())
+            if mask_BI is not None:
+                x_TBN = x_TBN * mask_BI.T.gather(0, input).unsqueeze(-1)
+            return x_TBN
+        x_TBI = input.to(from_input_NI.dtype)
+        if mask_BI is not None:
+            x_TBI = x_TBI * mask_BI
+        if self.plan.compute_dtype is not None:
+            return F.linear(x_TBI.to(self.plan.compute_dtype), from_input_NI.to(self.plan.compute_dtype)).to(
+                from_input_NI.dtype
+            )
+        return F.linear(x_TBI, from_input_NI)
+
+    def _start(
+        self, state: State | None, batched: bool, B: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state before the first step, [B, L, H] each."""
+        L, H = self.num_layers, self.hidden_size
+        if state is None:
+            zeros = torch.zeros(B, L, H, dtype=dtype, device=device)
+            return zeros, zeros if self.plan.has_cell else None
+        parts = state if isinstance(state, tuple) else (state,)
+        if len(parts) != 1 + self.plan.has_cell:
+            raise ValueError("the state of an LSTM is (h, c)" if self.plan.has_cell else "the state is one tensor, h")
+        if not batched:
+            parts = tuple(part.unsqueeze(1) for part in parts)
+        for part in parts:
+            if part.shape != (L, B, H):
+                raise ValueError(f"state has shape {tuple(part.shape)}; expected {(L, B, H)}")
+        by_row = [part.to(dtype).transpose(0, 1) for part in parts]
+        return by_row[0], by_row[1] if self.plan.has_cell else None
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTM | nn.GRU | nn.RNN) -> GatedFeedbackRNN:
+        """A stack (feedback="none") with the weights of a torch.nn.LSTM, GRU or tanh RNN, equal to it.
+
+        Raises ValueError for what has no counterpart here: bidirectional, projections, relu.
+        """
+        unit = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "tanh"}.get(module.mode)
+        if unit is None:
+            raise ValueError(f"{module.mode} has no counterpart here: only LSTM, GRU and tanh RNN")
+        if module.bidirectional or module.proj_size:
+            raise ValueError("bidirectional networks and projections have no counterpart here")
+        weight = module.weight_ih_l0
+        ours = cls(
+            module.input_size,
+            module.hidden_size,
+            module.num_layers,
+            unit=unit,
+            feedback="none",
+            bias=module.bias,
+            batch_first=module.batch_first,
+            dropout=module.dropout,
+            hidden_bias=unit == "gru" and module.bias,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        order, H = _TORCH_ROWS[unit], module.hidden_size
+        with torch.no_grad():
+            for j in range(module.num_layers):
+
+                def rows(name: str, j: int = j) -> Tensor:
+                    theirs: Tensor = getattr(module, f"{name}_l{j}")
+                    return torch.cat([theirs[k * H : (k + 1) * H] for k in order])
+
+                recurrent = rows("weight_hh")
+                ours.get_parameter(f"weight_ih_l{j}").copy_(rows("weight_ih"))
+                ours.get_parameter(f"weight_hc_l{j}").copy_(recurrent[:H])
+                if unit != "tanh":
+                    ours.get_parameter(f"weight_hu_l{j}").copy_(recurrent[H:])
+                if module.bias:
+                    inside = rows("bias_hh")
+                    bias = rows("bias_ih") + inside
+                    if unit == "gru":
+                        bias[:H] -= inside[:H]
+                        ours.get_parameter(f"bias_hc_l{j}").copy_(inside[:H])
+                    ours.get_parameter(f"bias_l{j}").copy_(bias)
+        return ours
+
+    def extra_repr(self) -> str:
+        p = self.plan
+        options = [name for name in ("input_skips", "output_skips", "residual", "layer_norm") if getattr(p, name)]
+        return ", ".join(
+            [f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, unit={p.unit!r}"]
+            + [f"feedback={p.feedback!r}, unit_gates={p.unit_gates!r}", *options]
+        )
+
+
+def _check(
+    unit: str, feedback: str, unit_gates: str, hidden_bias: bool, input_size: int, hidden_size: int, num_layers: int
+) -> None:
+    for name, value, allowed in (
+        ("unit", unit, tuple(GATES)),
+        ("feedback", feedback, ("gated", "full", "none")),
+        ("unit_gates", unit_gates, ("all", "own")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+    if hidden_bias and unit != "gru":
+        raise ValueError("hidden_bias is for unit='gru'")
+    if min(input_size, hidden_size, num_layers) < 1:
+        raise ValueError("input_size, hidden_size and num_layers must be at least 1")

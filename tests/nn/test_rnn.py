@@ -1,0 +1,349 @@
+"""The layer against torch's own, against its plain loop, and against finite differences."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from gfrnn.config import presets, sizes
+from gfrnn.nn import GatedFeedbackRNN, LanguageModel, MultiplicativeRNN, Noise
+
+UNITS = ["tanh", "gru", "lstm"]
+FEEDBACK = ["gated", "full", "none"]
+SKIPS = {
+    "plain": {},
+    "input_skips": {"input_skips": True},
+    "all_skips": {"input_skips": True, "output_skips": True},
+    "residual": {"residual": True},
+    "residual_skips": {"residual": True, "output_skips": True},
+}
+KINDS = [
+    pytest.param(unit, feedback, gates, skips, id=f"{unit}-{feedback}-{gates}-{skips}")
+    for unit, feedback, gates, skips in itertools.product(UNITS, FEEDBACK, ["all", "own"], SKIPS)
+]
+
+
+def make(unit: str, feedback: str, gates: str, skips: str, sizes_: tuple[int, int, int] = (3, 4, 3), **options):
+    torch.manual_seed(0)
+    rnn = GatedFeedbackRNN(
+        *sizes_, unit=unit, feedback=feedback, unit_gates=gates, **SKIPS[skips], **options, dtype=torch.float64
+    )
+    for p in rnn.parameters():  # biases too, so that nothing hides behind a zero
+        torch.nn.init.normal_(p, std=0.4)
+    return rnn
+
+
+def start(rnn: GatedFeedbackRNN, batch: int):
+    torch.manual_seed(1)
+    shape = (rnn.num_layers, batch, rnn.hidden_size)
+    h = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    return (h, c) if rnn.plan.has_cell else h
+
+
+def flat(state) -> list[torch.Tensor]:
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+def run_with_gradients(rnn, x, state, **kwargs):
+    """(outputs, gradients) of a scalar that depends on every output and on the last state."""
+    for p in rnn.parameters():
+        p.grad = None
+    x = x.clone().requires_grad_(x.is_floating_point())
+    leaves = [s.detach().clone().requires_grad_() for s in flat(state)]
+    y, last = rnn(x, tuple(leaves) if len(leaves) > 1 else leaves[0], **kwargs)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    loss = (y * weights).sum() + sum((s * s * (k + 1)).sum() for k, s in enumerate(flat(last)))
+    inputs = [*rnn.parameters(), *leaves, *([x] if x.requires_grad else [])]
+    return [y, *flat(last)], torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM])
+def test_no_feedback_equals_torch(kind, bias, batch_first):
+    torch.manual_seed(0)
+    theirs = kind(5, 7, num_layers=3, bias=bias, batch_first=batch_first, dtype=torch.float64)
+    ours = GatedFeedbackRNN.from_torch(theirs)
+    x = torch.randn(6, 2, 5, dtype=torch.float64)
+    h = torch.randn(3, 6 if batch_first else 2, 7, dtype=torch.float64)
+    state = (h, torch.randn_like(h)) if kind is torch.nn.LSTM else h
+    outputs, gradients = run_with_gradients(ours, x, state)
+    expected, their_gradients = run_with_gradients(theirs, x, state)
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+    # gradients, in torch's arrangement: rows back in torch's order, shared biases twice
+    named = dict(zip([n for n, _ in ours.named_parameters()], gradients, strict=False))
+    order = {torch.nn.LSTM: (2, 0, 1, 3), torch.nn.GRU: (2, 0, 1), torch.nn.RNN: (0,)}[kind]
+
+    def rows(t: torch.Tensor) -> torch.Tensor:
+        blocks = dict(zip(order, t.split(7), strict=True))
+        return torch.cat([blocks[k] for k in sorted(blocks)])
+
+    for name, want in zip([n for n, _ in theirs.named_parameters()], their_gradients, strict=False):
+        layer = name[-1]
+        if name.startswith("weight_hh"):
+            parts = [named[f"weight_hc_l{layer}"]]
+            parts += [named[f"weight_hu_l{layer}"]] if f"weight_hu_l{layer}" in named else []
+            got = rows(torch.cat(parts))
+        elif name.startswith("weight_ih"):
+            got = rows(named[f"weight_ih_l{layer}"])
+        else:
+            bias_gradient = named[f"bias_l{layer}"].clone()
+            if name.startswith("bias_hh") and kind is torch.nn.GRU:
+                bias_gradient[:7] = named[f"bias_hc_l{layer}"]
+            got = rows(bias_gradient)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(gradients[-1], their_gradients[-1], rtol=0, atol=1e-10)  # the input's
+
+
+@pytest.mark.parametrize(("unit", "feedback", "gates", "skips"), KINDS)
+def test_gradcheck(unit, feedback, gates, skips):
+    rnn = make(unit, feedback, gates, skips, sizes_=(2, 2, 2), hidden_bias=unit == "gru")
+    names = [n for n, _ in rnn.named_parameters()]
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *tensors):
+        state, params = tensors[: 1 + rnn.plan.has_cell], tensors[1 + rnn.plan.has_cell :]
+        args = (x, tuple(state) if rnn.plan.has_cell else state[0])
+        y, last = torch.func.functional_call(rnn, dict(zip(names, params, strict=True)), args)
+        return y, *flat(last)
+
+    params = [p.detach().clone().requires_grad_() for p in rnn.parameters()]
+    assert torch.autograd.gradcheck(run, (x, *flat(start(rnn, 2)), *params), fast_mode=True)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(("unit", "feedback", "gates", "skips"), KINDS)
+def test_function_equals_plain_loop(unit, feedback, gates, skips, layer_norm):
+    rnn = make(
+        unit, feedback, gates, skips, layer_norm=layer_norm, hidden_bias=unit == "gru", dropout=0.3, weight_dropout=0.2
+    )
+    x, state = torch.randn(5, 2, 3, dtype=torch.float64), start(rnn, 2)
+    noise = Noise(seed=3, update=4, rows_B=torch.tensor([7, 9]))
+    outputs, gradients = run_with_gradients(rnn, x, state, noise=noise)
+    rnn.reference = True
+    expected, wanted = run_with_gradients(rnn, x, state, noise=noise)
+    for got, want in zip([*outputs, *gradients], [*expected, *wanted], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert sum(float(g.abs().sum() > 0) for g in wanted) == len(wanted)  # nothing was left out of the comparison
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_pieces_with_carried_state_equal_the_whole(unit):
+    rnn = make(unit, "gated", "all", "all_skips")
+    x, state = torch.randn(7, 2, 3, dtype=torch.float64), start(rnn, 2)
+    whole, last = rnn(x, state)
+    first, middle = rnn(x[:3], state)
+    second, end = rnn(x[3:], middle)
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=1e-12)
+    for got, want in zip(flat(end), flat(last), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_rows_do_not_influence_each_other(unit):
+    rnn = make(unit, "gated", "all", "input_skips", layer_norm=True)
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    alone, _ = rnn(x[:, 1:2])
+    changed = x.clone()
+    changed[:, 0], changed[:, 2] = 5.0, -5.0
+    among, _ = rnn(changed)
+    torch.testing.assert_close(among[:, 1:2], alone, rtol=0, atol=1e-12)
+
+
+def test_gates_matter_and_full_is_a_gate_of_one():
+    gated = make("lstm", "gated", "all", "plain")
+    full = make("lstm", "full", "all", "plain")
+    GH = gated.plan.unit_rows
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for name, p in full.named_parameters():
+            source = gated.get_parameter(name)
+            p.copy_(source[:GH] if name.startswith(("weight_ih", "bias")) else source)
+    assert not torch.allclose(gated(x)[0], full(x)[0], atol=1e-3)
+    with torch.no_grad():
+        for j in range(3):
+            gated.get_parameter(f"bias_l{j}")[GH:] = 1e3  # sigmoid(1000) = 1
+    torch.testing.assert_close(gated(x)[0], full(x)[0], rtol=0, atol=1e-12)
+
+
+def test_symbols_are_one_hot_vectors():
+    rnn = make("gru", "gated", "all", "input_skips", input_dropout=0.5)
+    symbols = torch.randint(0, 3, (5, 4))
+    one_hot = torch.nn.functional.one_hot(symbols, 3).double()
+    torch.testing.assert_close(rnn.eval()(symbols)[0], rnn.eval()(one_hot)[0], rtol=0, atol=1e-12)
+    noise = Noise(0, 1, torch.arange(4))
+    rnn.train()
+    torch.testing.assert_close(rnn(symbols, noise=noise)[0], rnn(one_hot, noise=noise)[0], rtol=0, atol=1e-12)
+    assert not torch.allclose(rnn(symbols, noise=noise)[0], rnn(symbols, noise=Noise(0, 2, torch.arange(4)))[0])
+
+
+def test_dropout_follows_the_global_row():
+    rnn = make("lstm", "gated", "all", "plain", dropout=0.5)
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    together, _ = rnn(x, noise=Noise(5, 6, torch.tensor([10, 11, 12])))
+    alone, _ = rnn(x[:, 2:], noise=Noise(5, 6, torch.tensor([12])))
+    torch.testing.assert_close(together[:, 2:], alone, rtol=0, atol=1e-12)
+    other, _ = rnn(x[:, 2:], noise=Noise(5, 6, torch.tensor([13])))
+    assert not torch.allclose(alone, other)
+    assert torch.equal(rnn.eval()(x)[0], rnn.eval()(x)[0])
+
+
+def test_masks_are_fair_and_independent():
+    noise = Noise(1, 2, torch.arange(400))
+    mask = noise.row_mask(0, 500, 0.3)
+    kept = mask > 0
+    assert abs(kept.double().mean().item() - 0.7) < 0.005  # 200,000 draws: standard deviation 0.001
+    assert torch.allclose(mask[kept], torch.tensor(1 / 0.7))
+    for other in (noise.row_mask(1, 500, 0.3), Noise(2, 2, torch.arange(400)).row_mask(0, 500, 0.3), mask.roll(1, 0)):
+        both = ((other > 0) & kept).double().mean().item()
+        assert abs(both - 0.49) < 0.006
+    weights = noise.weight_mask(3, torch.empty(300, 400), 0.25)
+    assert abs((weights > 0).double().mean().item() - 0.75) < 0.005
+    assert torch.equal(weights, Noise(1, 2, torch.arange(3)).weight_mask(3, torch.empty(300, 400), 0.25))
+
+
+def test_unbatched_and_batch_first():
+    rnn = make("lstm", "gated", "own", "plain")
+    x = torch.randn(5, 3, dtype=torch.float64)
+    y, (h, c) = rnn(x)
+    batched, (hb, cb) = rnn(x.unsqueeze(1))
+    assert y.shape == (5, 4)
+    assert h.shape == c.shape == (3, 4)
+    torch.testing.assert_close(y, batched[:, 0])
+    torch.testing.assert_close(c, cb[:, 0])
+    torch.testing.assert_close(h, hb[:, 0])
+    rnn.batch_first = True
+    torch.testing.assert_close(rnn(x.unsqueeze(0))[0], batched.transpose(0, 1))
+
+
+def test_bf16_products_stay_near_fp32():
+    torch.manual_seed(0)
+    wide = GatedFeedbackRNN(8, 32, 3, input_skips=True)
+    narrow = GatedFeedbackRNN(8, 32, 3, input_skips=True, compute_dtype=torch.bfloat16)
+    narrow.load_state_dict(wide.state_dict())
+    x, h = torch.randn(10, 4, 8), torch.zeros(3, 4, 32)
+    outputs, gradients = run_with_gradients(narrow, x, (h, h))
+    expected, wanted = run_with_gradients(wide, x, (h, h))
+    assert all(t.dtype == torch.float32 for t in [*outputs, *gradients])
+    for got, want in zip([*outputs, *gradients], [*expected, *wanted], strict=True):
+        assert (got - want).norm() < 0.03 * want.norm()
+        assert not torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unit": "relu"}, "unit is 'relu'"),
+        ({"feedback": "some"}, "feedback is 'some'"),
+        ({"unit_gates": "none"}, "unit_gates"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"hidden_bias": True}, "unit='gru'"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        GatedFeedbackRNN(3, 4, 2, **change)
+
+
+def test_bad_inputs():
+    rnn = GatedFeedbackRNN(3, 4, 2)
+    with pytest.raises(ValueError, match="input_size=3"):
+        rnn(torch.zeros(2, 2, 5))
+    with pytest.raises(ValueError, match="no steps"):
+        rnn(torch.zeros(0, 2, 3))
+    with pytest.raises(ValueError, match=r"\(h, c\)"):
+        rnn(torch.zeros(2, 2, 3), torch.zeros(2, 2, 4))
+    with pytest.raises(ValueError, match="expected"):
+        rnn(torch.zeros(2, 2, 3), (torch.zeros(2, 1, 4), torch.zeros(2, 1, 4)))
+    with pytest.raises(ValueError, match="bidirectional"):
+        GatedFeedbackRNN.from_torch(torch.nn.LSTM(3, 4, bidirectional=True))
+
+
+def test_recurrent_blocks_start_orthogonal():
+    rnn = GatedFeedbackRNN(3, 16, 2)
+    block = rnn.weight_hu_l1.detach()[16:32, 16:]
+    torch.testing.assert_close(block @ block.T, torch.eye(16), atol=1e-5, rtol=0)
+    assert not rnn.bias_l0.any()
+
+
+# The multiplicative RNN and the language model ----------------------------------------------------------------
+
+
+def test_multiplicative_equals_its_equation():
+    torch.manual_seed(0)
+    rnn = MultiplicativeRNN(3, 4, dtype=torch.float64)
+    symbols = torch.tensor([[0, 2], [1, 1], [2, 0]])
+    y, last = rnn(symbols)
+    w_hx, w_mx = rnn.weight_ih.chunk(2)
+    h = torch.zeros(4, dtype=torch.float64)
+    for t in range(3):
+        m = w_mx[:, symbols[t, 1]] * (rnn.weight_mh @ h)
+        h = torch.tanh(w_hx[:, symbols[t, 1]] + rnn.weight_hm @ m + rnn.bias)
+        torch.testing.assert_close(y[t, 1], h)
+    torch.testing.assert_close(last[0, 1], h)
+    first, middle = rnn(symbols[:1])
+    torch.testing.assert_close(rnn(symbols[1:], middle)[0], y[1:])
+
+
+@pytest.mark.parametrize("name", [n for n in presets() if n != "gf-lstm-5x700"])
+def test_preset_counts_equal_the_formula(name):
+    settings = presets()[name].model
+    model = LanguageModel(settings)
+    count = sizes(settings)
+    counted = {n: p.numel() for n, p in model.named_parameters()}
+    assert sum(counted.values()) == count.total
+    assert sum(v for n, v in counted.items() if n.startswith("rnn.weight")) == count.recurrent
+
+
+@pytest.mark.parametrize("unit", ["gru", "lstm"])
+def test_counts_with_every_option(unit):
+    from gfrnn.config import ModelSettings
+
+    settings = ModelSettings(
+        unit=unit,
+        num_layers=2,
+        hidden_size=6,
+        unit_gates="own",
+        embedding_size=5,
+        layer_norm=True,
+        hidden_bias=unit == "gru",
+        output_skips=True,
+    )
+    model = LanguageModel(settings)
+    assert sum(p.numel() for p in model.parameters()) == sizes(settings).total
+
+
+# facts: recurrent part with scalar gates and input skips, no biases, no softmax, 205 symbols
+PAPER_COUNTS = {
+    "gf-tanh-3x303": 1_208_088,
+    "gf-gru-3x165": 1_210_140,
+    "gf-lstm-3x140": 1_213_265,
+    "gf-gru-3x228": 2_145_501,
+    "gf-lstm-3x191": 2_083_172,
+}
+
+
+@pytest.mark.parametrize("name", PAPER_COUNTS)
+def test_paper_counts(name):
+    assert sizes(presets()[name].model, 205).recurrent == PAPER_COUNTS[name]
+
+
+def test_large_model_counts():
+    count = sizes(presets()["gf-lstm-5x700"].model, 205)
+    assert round(count.recurrent / 1e6, 1) == 59.8
+    assert count.softmax == 5 * 700 * 205
+
+
+def test_language_model_shapes_and_state():
+    settings = presets()["gf-lstm-3x140"].model
+    model = LanguageModel(settings)
+    symbols = torch.randint(0, 256, (6, 2))
+    logits, (h, c) = model(symbols)
+    assert logits.shape == (6, 2, 256)
+    assert h.shape == c.shape == (3, 2, 140)
+    torch.testing.assert_close(model(symbols, model.zero_state(2))[0], logits)
