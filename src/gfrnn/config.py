@@ -42,7 +42,7 @@ class ModelSettings:
     hidden_size: int = 700
     """Units a layer H."""
     feedback: Feedback = "gated"
-    """gated: every layer at t-1 feeds every layer at t through a learned scalar gate; full: gates fixed to 1; none: a stack."""
+    """gated: every layer at t-1 feeds every layer at t through a learned scalar gate; full: gates of 1; none: a stack."""
     unit_gates: UnitGates = "all"
     """Which layers at t-1 the unit's own gates read (no effect without feedback or with tanh)."""
     input_skips: bool = True
@@ -198,12 +198,14 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, nested as the dataclasses are."""
-        return _plain(dataclasses.asdict(self))
+        values: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return values
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Settings:
         """The inverse of to_json. Unknown names are refused (a run folder of another version)."""
-        return _build(Settings, values)
+        settings: Settings = _build(Settings, values)
+        return settings
 
 
 # ---------------------------------------------------------------------------------------------- validation
@@ -279,7 +281,7 @@ def validate(settings: Settings) -> None:
         raise UserError("--max-updates and --max-epochs are both 0: give one of them, or nothing is trained")
     if o.final_learning_rate > o.learning_rate:
         raise UserError(
-            f"--final-learning-rate {o.final_learning_rate} is above --learning-rate {o.learning_rate}; schedules only fall"
+            f"--final-learning-rate {o.final_learning_rate} is above --learning-rate {o.learning_rate}: schedules fall"
         )
 
 

@@ -286,7 +286,7 @@ def test_multiplicative_equals_its_equation():
         h = torch.tanh(w_hx[:, symbols[t, 1]] + rnn.weight_hm @ m + rnn.bias)
         torch.testing.assert_close(y[t, 1], h)
     torch.testing.assert_close(last[0, 1], h)
-    first, middle = rnn(symbols[:1])
+    _, middle = rnn(symbols[:1])
     torch.testing.assert_close(rnn(symbols[1:], middle)[0], y[1:])
 
 

@@ -75,7 +75,8 @@ class MultiplicativeRNN(nn.Module):
         wide = torch.float32 if self.weight_ih.dtype == torch.bfloat16 else self.weight_ih.dtype
         narrow = self.compute_dtype or self.weight_ih.dtype
         weight_ih, bias = self.weight_ih.to(wide), self.bias.to(wide)
-        weight_mh, weight_hm = self.weight_mh, self.weight_hm
+        weight_mh: Tensor = self.weight_mh
+        weight_hm: Tensor = self.weight_hm
         if noise is not None and self.weight_dropout:
             weight_mh = weight_mh * noise.weight_mask(_PLACE_WEIGHT, weight_mh, self.weight_dropout)
             weight_hm = weight_hm * noise.weight_mask(_PLACE_WEIGHT + 1, weight_hm, self.weight_dropout)

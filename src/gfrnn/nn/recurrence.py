@@ -1,9 +1,9 @@
 """The fast path: T steps of gated feedback as one autograd.Function with its own backward through time.
 
-Most of a step depends only on h*_{t-1}, so it is done first, in a few large products (`_Products.recurrent`); what is left in
-the chain over layers is one product with the layer below, the global gates' weighted sum and the unit. Since a
-global gate is a scalar, U^{i->j} h^i is made for all pairs before any gate is known. Backward keeps the gradients of all
-pre-activations and makes the weight gradients after the loop, as products over all T * B rows, a layer at a time.
+Most of a step depends only on h*_{t-1}, so it is done first, in a few large products (`_Products.recurrent`); what is
+left in the chain over layers is one product with the layer below, the global gates' weighted sum and the unit. Since a
+global gate is a scalar, U^{i->j} h^i is made for all pairs before any gate is known. Backward keeps the gradients of
+all pre-activations and makes the weight gradients after the loop, as products over all T * B rows, a layer at a time.
 
 Legend: T steps, B rows, L layers, H units, G, K as in plan.py, N = K * (L with input skips, else 1).
 Products have operands of plan.compute_dtype; everything kept between them has the parameters' dtype.
@@ -11,6 +11,7 @@ Products have operands of plan.compute_dtype; everything kept between them has t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Same arguments, result and gradients as reference.recurrence_reference."""
     flat = [tensor for layer in weights for tensor in layer]
-    y_TBY, h_next_BLH, c_next_BLH = Recurrence.apply(plan, x_TBN, h_BLH, c_BLH, below_mask_LBH, *flat)
-    return y_TBY, h_next_BLH, c_next_BLH
+    run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
+    return run(plan, x_TBN, h_BLH, c_BLH, below_mask_LBH, *flat)
 
 
 class _Products:
@@ -62,7 +63,7 @@ class _Products:
         return x.to(self.dtype)
 
     def recurrent(self, h_BLH: Tensor, r_BLK: Tensor, pairs_LBLH: Tensor | None) -> None:
-        """Everything of a step that needs only h at t - 1: r = recurrent pre-activations, pairs[i, :, j] = U^{i->j} h^i."""
+        """All that needs only h at t - 1: r, the recurrent pre-activations, and pairs[i, :, j] = U^{i->j} h^i."""
         h_BLH = self.cast(h_BLH)
         B = len(h_BLH)
         if self.all is not None:
@@ -190,8 +191,8 @@ class Recurrence(torch.autograd.Function):
         )
         weights = _layers(flat)
         T, B = a_TBLK.shape[:2]
-        L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
-        gated, norm, gru, lstm = plan.feedback == "gated", plan.layer_norm, plan.unit == "gru", plan.has_cell
+        L, H, GH = plan.num_layers, plan.hidden_size, plan.unit_rows
+        gated, gru, lstm = plan.feedback == "gated", plan.unit == "gru", plan.has_cell
 
         d_TBLK = torch.empty_like(a_TBLK)  # gradients of pre-activations (before normalisation)
         d_s_TBLH = torch.empty_like(s_TBLH) if gru else d_TBLK[..., :H]  # of the candidate's recurrent sum
@@ -269,8 +270,8 @@ def _weight_gradients(
     gain_grads: list[_NormGradients],
 ) -> list[Tensor | None]:
     """Gradients of every field of every layer, as large products over all T * B rows."""
-    L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
-    T, B = a_TBLK.shape[:2]
+    L, H, GH = plan.num_layers, plan.hidden_size, plan.unit_rows
+    T = len(a_TBLK)
     dtype = a_TBLK.dtype
     before_RLH = products.cast(hs_TBLH[:T]).flatten(0, 1)  # R = T * B
     passed_TBLH = _passed_up(plan, hs_TBLH[1:])
@@ -301,10 +302,7 @@ def _weight_gradients(
         if w.gates is not None:
             gates = _product(narrow_RK[:, GH:].T, before_RLH.flatten(1), dtype)
 
-        if plan.layer_norm:
-            bias = torch.cat([gain_grads[j].bias, d_RK[:, GH:].sum(0)])
-        else:
-            bias = d_RK.sum(0)
+        bias = torch.cat([gain_grads[j].bias, d_RK[:, GH:].sum(0)]) if plan.layer_norm else d_RK.sum(0)
         hidden_bias = d_s_RH.sum(0) if w.hidden_bias is not None else None
         norm = gain_grads[j]
         grads += LayerWeights(

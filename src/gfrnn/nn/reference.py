@@ -36,7 +36,8 @@ def recurrence_reference(
     outputs = []
     for x_BN in x_TBN:
         h_star = torch.cat(h, dim=1)  # all layers at t - 1
-        before, passed_up = list(h), []
+        before: list[Tensor] = list(h)
+        passed_up: list[Tensor] = []
         for j, w in enumerate(weights):
             a = x_BN[:, j * K : (j + 1) * K] if j == 0 or plan.input_skips else x_BN.new_zeros(len(x_BN), K)
             if w.below is not None:

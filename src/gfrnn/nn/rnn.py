@@ -243,7 +243,8 @@ class GatedFeedbackRNN(nn.Module):
         for j in range(self.num_layers):
             below = get(f"weight_ih_l{j}")
             candidate = recurrent(f"weight_hc_l{j}")
-            assert below is not None and candidate is not None
+            assert below is not None
+            assert candidate is not None
             bias = get(f"bias_l{j}")
             layers.append(
                 LayerWeights(
@@ -290,7 +291,7 @@ class GatedFeedbackRNN(nn.Module):
         if state is None:
             zeros = torch.zeros(B, L, H, dtype=dtype, device=device)
             return zeros, zeros if self.plan.has_cell else None
-        parts = state if isinstance(state, tuple) else (state,)
+        parts: tuple[Tensor, ...] = state if isinstance(state, tuple) else (state,)
         if len(parts) != 1 + self.plan.has_cell:
             raise ValueError("the state of an LSTM is (h, c)" if self.plan.has_cell else "the state is one tensor, h")
         if not batched:
@@ -312,7 +313,7 @@ class GatedFeedbackRNN(nn.Module):
             raise ValueError(f"{module.mode} has no counterpart here: only LSTM, GRU and tanh RNN")
         if module.bidirectional or module.proj_size:
             raise ValueError("bidirectional networks and projections have no counterpart here")
-        weight = module.weight_ih_l0
+        weight: Tensor = module.get_parameter("weight_ih_l0")
         ours = cls(
             module.input_size,
             module.hidden_size,
@@ -352,8 +353,11 @@ class GatedFeedbackRNN(nn.Module):
         p = self.plan
         options = [name for name in ("input_skips", "output_skips", "residual", "layer_norm") if getattr(p, name)]
         return ", ".join(
-            [f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, unit={p.unit!r}"]
-            + [f"feedback={p.feedback!r}, unit_gates={p.unit_gates!r}", *options]
+            [
+                f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, unit={p.unit!r}",
+                f"feedback={p.feedback!r}, unit_gates={p.unit_gates!r}",
+                *options,
+            ]
         )
 
 

@@ -75,7 +75,7 @@ def gru_output_forward(a_B3H: Tensor, h_BH: Tensor, h_next_BH: Tensor) -> None:
 
 
 def gru_output_backward(d_h_BH: Tensor, a_B3H: Tensor, h_BH: Tensor, d_a_B3H: Tensor) -> Tensor:
-    """From the gradient of h_next: those of n's and z's pre-activations into d_a. Returns the gradient of h through z."""
+    """From the gradient of h_next: those of n's and z's pre-activations into d_a. Returns that of h through z."""
     H = h_BH.shape[-1]
     n, z = a_B3H[:, :H], a_B3H[:, 2 * H :]
     torch.mul(d_h_BH * (1 - z), 1 - n * n, out=d_a_B3H[:, :H])
