@@ -1,0 +1,106 @@
+"""How a text becomes batches: R global rows read in parallel, a segment of T steps at a time.
+
+The text's N bytes are cut into R contiguous rows of n = N // R bytes; update number k of an epoch reads bytes
+k * T .. (k + 1) * T of every row. A process owns ceil(R / W) consecutive rows and reads them in A micro-batches.
+So what an update reads depends on neither the number of processes W nor the accumulation A.
+
+Inputs are the targets shifted by one byte: position t of row r has target text[r * n + t] and input
+text[r * n + t - 1]; the byte before the text is a newline.
+
+Shapes: T steps, B rows a micro-batch (with padding), A micro-batches, P rows of a process that exist, n bytes a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gfrnn.config import UserError
+
+NEWLINE = 10
+PADDING = -1
+"""The global row id of rows that do not exist; their symbols are 0 and their weight is 0."""
+
+
+class Streams:
+    """One process's share of a text, cut into segments.
+
+    text: uint8 [N]; rows: global rows R; steps: segment length T; rank of world_size W processes;
+    accumulation: micro-batches A an update. Raises UserError if W > R or if a row is shorter than T.
+
+    The process's rows are copied once, to the device where they fill less than a quarter of its free memory, else to
+    host memory. `segments_per_epoch` is S = n // T; `dropped_bytes` counts the bytes of the text that no segment
+    holds; `rows_per_micro` is B; `count_per_update` = R * T is the global number of symbols an update counts.
+    """
+
+    def __init__(
+        self,
+        text: npt.NDArray[np.uint8],
+        rows: int,
+        steps: int,
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        accumulation: int = 1,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if world_size > rows:
+            raise UserError(
+                f"{world_size} processes cannot share --rows {rows}: "
+                f"use at most {rows} processes or --rows of at least {world_size}"
+            )
+        n = len(text) // rows
+        self.segments_per_epoch = n // steps
+        if self.segments_per_epoch == 0:
+            most = len(text) // steps
+            mend = f"use --rows of at most {most}" if most else f"use --steps of at most {len(text)}, or a longer text"
+            raise UserError(
+                f"a training text of {len(text)} bytes is too short for {rows} rows x {steps} steps: {mend}"
+            )
+        self.rows, self.steps, self.device = rows, steps, torch.device(device)
+        self.dropped_bytes = len(text) - rows * self.segments_per_epoch * steps
+        self.count_per_update = rows * steps
+
+        owned = -(-rows // world_size)
+        self.rows_per_micro = -(-owned // accumulation)
+        local = torch.arange(accumulation * self.rows_per_micro)
+        row = local + rank * owned
+        exists = (local < owned) & (row < rows)
+        shape = accumulation, self.rows_per_micro
+        self._rows_AB = torch.where(exists, row, PADDING).view(shape).to(self.device)
+        self._weights_AB = exists.float().view(shape).to(self.device)
+
+        first, last = min(rank * owned, rows), min((rank + 1) * owned, rows)
+        share = np.empty((last - first) * n + 1, np.uint8)  # with the byte before it
+        share[0] = text[first * n - 1] if first else NEWLINE
+        share[1:] = text[first * n : last * n]
+        share_N = torch.from_numpy(share)
+        if self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] > 4 * share.nbytes:
+            share_N = share_N.to(self.device)
+        # Row r is bytes r * n .. r * n + n of the share: its inputs, and one more for the last target.
+        self._text_Pn = share_N.as_strided((last - first, n + 1), (n, 1))
+
+    def micro_rows(self, micro: int) -> Tensor:
+        """Global row ids of a micro-batch: int64 [B], PADDING (-1) for rows that do not exist."""
+        return self._rows_AB[micro]
+
+    def weights(self, micro: int) -> Tensor:
+        """Weights of a micro-batch's rows: float32 [B], 1, or 0 for rows that do not exist."""
+        return self._weights_AB[micro]
+
+    def batch(self, segment: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 [T, B] each, on the device: views of one new tensor, a step apart.
+
+        segment in 0 .. S - 1, micro in 0 .. A - 1.
+        """
+        start, first = segment * self.steps, micro * self.rows_per_micro
+        symbols_BT = self._text_Pn[first : first + self.rows_per_micro, start : start + self.steps + 1]
+        if len(symbols_BT) < self.rows_per_micro:
+            symbols_BT = F.pad(symbols_BT, (0, 0, 0, self.rows_per_micro - len(symbols_BT)))
+        if symbols_BT.device != self._rows_AB.device:  # pinned, so that the copy does not stop the device
+            symbols_BT = symbols_BT.contiguous().pin_memory().to(self.device, non_blocking=True)
+        symbols_TB = symbols_BT.t().to(torch.int64, memory_format=torch.contiguous_format)
+        return symbols_TB[:-1], symbols_TB[1:]
