@@ -42,7 +42,7 @@ class ModelSettings:
     hidden_size: int = 700
     """Units a layer H."""
     feedback: Feedback = "gated"
-    """gated: every layer at t-1 feeds every layer at t through a learned scalar gate; full: gates of 1; none: a stack."""
+    """gated: every layer at t-1 feeds every layer at t through a learned scalar gate; full: gates of 1; none: stack."""
     unit_gates: UnitGates = "all"
     """Which layers at t-1 the unit's own gates read (no effect without feedback or with tanh)."""
     input_skips: bool = True

@@ -219,6 +219,14 @@ def _plain(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; give a readable file") from error
 
 
+def read_bytes(path: Path) -> Bytes:
+    """The plain bytes of a file, uint8 [bytes]: .gz, .xz and .zip are unpacked. Raises UserError for an empty one."""
+    text = b"".join(_plain(path))
+    if not text:
+        raise UserError(f"{path} is empty; give a file with text in it")
+    return np.frombuffer(text, np.uint8)
+
+
 def _chunks(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK):
         yield chunk

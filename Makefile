@@ -1,0 +1,44 @@
+# Everything a user needs: `make train`, `make test`. The virtual environment is made on first use.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# Processes of `make train`: every GPU where there are any, else 2 on the CPU.
+GPUS      := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+RUN       ?= runs/demo
+
+.PHONY: install train test lint types test-systems clean
+
+install: $(READY)
+
+# torch comes first and alone: pinned by version only, so that each machine gets its own build of it (CPU or CUDA).
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(READY)
+	$(BIN)/deepspeed --num_gpus $(PROCESSES) src/train.py --deepspeed ds_configs/z2.json --preset demo --output-dir $(RUN)
+
+test: lint types
+	$(BIN)/pytest --ignore tests/systems
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY)
+	$(BIN)/mypy
+
+# What needs root and Debian packages: real file systems that fill up.
+test-systems: $(READY)
+	$(BIN)/pytest tests/systems
+
+clean:
+	rm -rf $(VENV)

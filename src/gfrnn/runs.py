@@ -1,0 +1,349 @@
+"""What a run leaves on disk, and how it is found and loaded again. Knows no launcher and no training.
+
+    DIR/config.json      settings, DeepSpeed config, git commit, versions
+    DIR/metrics.jsonl    one JSON object a logged update or validation
+    DIR/summary.json     how it ended
+    DIR/checkpoints/step-00001000/   weights.safetensors averages.safetensors optimizer.safetensors state.safetensors
+                                     trainer.json
+    DIR/checkpoints/latest, best     the name of a checkpoint folder
+
+A checkpoint is the same whatever the number of processes and the ZeRO stage: full fp32 tensors by parameter name, the
+carried state by global row. It is written beside its place, synced and renamed, and only then named in `latest`, so a
+kill at any instant leaves a usable one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfrnn import __version__
+from gfrnn.config import Settings, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gfrnn.nn import LanguageModel
+
+TensorsByName = dict[str, "Tensor"]
+
+# What may differ when a run is started again in its folder: none of it changes what is being learned.
+_FREE = {
+    "": {"output_dir", "deepspeed", "dry_run", "prepare", "preset"},
+    "data": {"data_dir", "corpus_file"},
+    "batch": {"accumulation"},
+    "run": None,  # all of it
+}
+
+
+@dataclass
+class Checkpoint:
+    """Everything that must survive a restart."""
+
+    weights: TensorsByName
+    """fp32, by parameter name."""
+    optimizer: dict[str, TensorsByName] = field(default_factory=dict)
+    """State of the optimizer: e.g. exp_avg -> parameter name -> fp32 tensor."""
+    averages: TensorsByName | None = None
+    """Averaged weights, fp32."""
+    state: TensorsByName = field(default_factory=dict)
+    """Carried state by global row: h, c [L, R, H]."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Position, schedule, best result, ... plain JSON values."""
+
+    @property
+    def best_weights(self) -> TensorsByName:
+        """What validation, sampling and export use: the averages where there are any."""
+        return self.averages if self.averages is not None else self.weights
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.summary_path = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+
+    # -- settings
+
+    def read_settings(self) -> Settings:
+        """The settings the run was started with; raises UserError if there is no run here."""
+        return Settings.from_json(_read_json(self.config_path)["settings"])
+
+    def check(self, settings: Settings, corpus_md5: str | None = None) -> bool:
+        """Whether a run is here already; raises UserError if it is one of other settings or another text."""
+        if not self.config_path.exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(
+                    f"--output-dir {self.path} has files in it but no config.json of a run; give an empty or new folder"
+                )
+            return False
+        config = _read_json(self.config_path)
+        differences = _differences(config["settings"], settings.to_json())
+        if differences:
+            name, was, now = differences[0]
+            more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+            raise UserError(
+                f"--output-dir {self.path} holds a run with {name} = {was}, not {now}{more}; "
+                "give another folder, or the same settings to resume"
+            )
+        if corpus_md5 is not None and config["corpus_md5"] not in (None, corpus_md5):
+            raise UserError(
+                f"--output-dir {self.path} holds a run on another text (MD5 {config['corpus_md5'][:8]}..., "
+                f"now {corpus_md5[:8]}...); give another folder, or the same text to resume"
+            )
+        return True
+
+    def create(self, settings: Settings, ds_config: dict[str, Any], corpus_md5: str) -> None:
+        """Makes the folder and writes config.json (again, if the run goes on under another DeepSpeed config)."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(
+            self.config_path,
+            {
+                "settings": settings.to_json(),
+                "deepspeed": ds_config,
+                "corpus_md5": corpus_md5,
+                "git_commit": git_commit(),
+                "versions": versions(),
+            },
+        )
+
+    # -- metrics
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the lines after `step` (and a torn last one): the resumed run writes them again."""
+        if not self.metrics_path.exists():
+            return
+        kept = []
+        for line in self.metrics_path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                break  # torn by a kill
+        replace_file(self.metrics_path, "".join(kept).encode())
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        with self.metrics_path.open("a") as f:
+            f.write(json.dumps({**values, "time": time.time()}) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+
+    # -- checkpoints
+
+    def named_checkpoint(self, name: str) -> Path | None:
+        """The folder that `latest` or `best` names; None if there is none yet."""
+        pointer = self.checkpoints / name
+        if not pointer.exists():
+            return None
+        return self.checkpoints / pointer.read_text().strip()
+
+    def save(self, checkpoint: Checkpoint, step: int, *, best: bool, keep_last: int) -> Path:
+        """Writes a checkpoint so that a kill at any instant leaves a usable latest one; removes old ones."""
+        target = self.checkpoints / f"step-{step:08d}"
+        if not target.exists():  # else: this very step was saved before a restart
+            for stale in self.checkpoints.glob(".writing-*"):
+                shutil.rmtree(stale)
+            writing = self.checkpoints / f".writing-{target.name}"
+            writing.mkdir()
+            _save_tensors(writing / "weights.safetensors", checkpoint.weights)
+            if checkpoint.averages is not None:
+                _save_tensors(writing / "averages.safetensors", checkpoint.averages)
+            flat = {f"{key}/{name}": t for key, named in checkpoint.optimizer.items() for name, t in named.items()}
+            _save_tensors(writing / "optimizer.safetensors", flat)
+            _save_tensors(writing / "state.safetensors", checkpoint.state)
+            write_json(writing / "trainer.json", checkpoint.trainer)
+            _sync(writing)
+            writing.rename(target)
+            _sync(self.checkpoints)
+        replace_file(self.checkpoints / "latest", target.name.encode())
+        if best:
+            replace_file(self.checkpoints / "best", target.name.encode())
+        self._remove_old(keep_last)
+        return target
+
+    def _remove_old(self, keep_last: int) -> None:
+        found = sorted(self.checkpoints.glob("step-*"))
+        keep = {*found[-keep_last:], self.named_checkpoint("latest"), self.named_checkpoint("best")}
+        for path in found:
+            if path not in keep:
+                # renamed first: a half-removed folder must not look like a checkpoint
+                gone = path.rename(self.checkpoints / f".writing-old-{path.name}")
+                shutil.rmtree(gone)
+
+
+# ------------------------------------------------------------------------------------------ finding and loading
+
+
+def find_checkpoint(run: str | Path) -> Path:
+    """The checkpoint folder that RUN means: a run folder's best (else latest) one, or a checkpoint itself.
+
+    Raises UserError if there is none.
+    """
+    path = Path(run)
+    if (path / "trainer.json").exists():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{run} is neither a run folder nor a checkpoint: no such folder")
+    folder = RunFolder(path)
+    found = folder.named_checkpoint("best") or folder.named_checkpoint("latest")
+    if found is None:
+        raise UserError(f"{run} has no checkpoint yet: is it the folder given to train.py as --output-dir?")
+    return found
+
+
+def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
+    """Reads a checkpoint folder; weights_only leaves the optimizer's and the carried state out.
+
+    Raises UserError if a file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    def tensors(name: str) -> TensorsByName:
+        try:
+            return load_file(path / name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise UserError(
+                f"checkpoint {path / name} is missing or damaged ({error}); start from another one under {path.parent}"
+            ) from error
+
+    trainer = _read_json(path / "trainer.json")
+    checkpoint = Checkpoint(weights=tensors("weights.safetensors"), trainer=trainer)
+    if (path / "averages.safetensors").exists():
+        checkpoint.averages = tensors("averages.safetensors")
+    if not weights_only:
+        for full_name, tensor in tensors("optimizer.safetensors").items():
+            key, name = full_name.split("/", 1)
+            checkpoint.optimizer.setdefault(key, {})[name] = tensor
+        checkpoint.state = tensors("state.safetensors")
+    return checkpoint
+
+
+def load_weights(model: LanguageModel, weights: TensorsByName, where: Path | str) -> None:
+    """Loads weights by name into a model; raises UserError if they are another model's."""
+    own = model.state_dict()
+    for name in sorted({*own, *weights}):
+        if name not in weights or name not in own or weights[name].shape != own[name].shape:
+            has = tuple(weights[name].shape) if name in weights else "nothing"
+            wants = tuple(own[name].shape) if name in own else "nothing"
+            raise UserError(f"checkpoint {where} is of another model: {name} is {has} there and {wants} here")
+    model.load_state_dict(weights)
+
+
+def load_model(run: str | Path, dtype: str | None = None) -> tuple[LanguageModel, Settings, Path]:
+    """The model of RUN with its best weights (averages where kept), its settings and the checkpoint's folder."""
+    from gfrnn.nn import build_language_model
+
+    path = find_checkpoint(run)
+    checkpoint = load_checkpoint(path, weights_only=True)
+    settings = Settings.from_json(checkpoint.trainer["settings"])
+    model = build_language_model(settings.model, dtype or settings.batch.dtype, settings.seed)
+    load_weights(model, checkpoint.best_weights, path)
+    return model.eval(), settings, path
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(flag, value then, value now) of settings that must not change in a run."""
+    found: list[tuple[str, Any, Any]] = []
+    for name in {**then, **now}:
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            free = _FREE.get(name, set())
+            if free is not None:
+                found += [
+                    (f"--{key.replace('_', '-')}", old.get(key), new.get(key))
+                    for key in {**old, **new}
+                    if old.get(key) != new.get(key) and key not in free
+                ]
+        elif old != new and name not in (_FREE[""] or ()):
+            found.append((f"--{name.replace('_', '-')}", old, new))
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: not a run of gfrnn, or an incomplete copy of one") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})") from error
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Atomically, indented."""
+    replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that at any instant either the old or the new content is there."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        with beside.open("wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not say which file
+    beside.rename(path)
+    _sync(path.parent)
+
+
+def _save_tensors(path: Path, tensors: TensorsByName) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        if "os error 28" in str(error):  # raised without an errno
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, with '+' if it has changes; None outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import importlib.metadata
+    import platform
+
+    found = {"python": platform.python_version(), "gfrnn": __version__}
+    for name in ("torch", "deepspeed", "datasets", "mlflow", "safetensors", "numpy"):
+        found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,170 @@
+"""Score a run: gfrnn-evaluate, python src/evaluate.py RUN. Results to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from gfrnn.cli import parse, run
+from gfrnn.config import UserError
+
+if TYPE_CHECKING:
+    from gfrnn.training.evaluation import Bytes, Score
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Bits per character of a trained model on held-out text."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """A run folder (its best checkpoint) or a checkpoint folder."""
+    text_file: Path | None = None
+    """Score this file (plain, .gz, .xz, .zip) instead of the corpus' validation and test parts."""
+    corpus_file: Path | None = None
+    """The corpus the run was trained on, if it has moved since."""
+    streams: int = 32
+    """Read the text as so many pieces side by side; 1 is exact."""
+    warmup: int = 1000
+    """Bytes each stream reads before its piece, unscored."""
+    dynamic: bool = False
+    """Dynamic evaluation: learn from each segment after scoring it. Its figure is its own column."""
+    dynamic_learning_rate: float = 2e-3
+    """Step size of dynamic evaluation."""
+    dynamic_decay: float = 1e-3
+    """Pull to the trained weights, a segment."""
+    dynamic_steps: int = 20
+    """Segment length of dynamic evaluation."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    dtype: Literal["run", "fp32", "bf16"] = "run"
+    """Of the recurrence's products; run: as it was trained."""
+    json: Path | None = None
+    """Also write the results to this file."""
+
+
+def main() -> None:
+    """gfrnn-evaluate."""
+    run(_main)
+
+
+def _main() -> None:
+    settings = parse(EvaluateSettings, sys.argv[1:])
+    for flag, value, least in (
+        ("--streams", settings.streams, 1),
+        ("--warmup", settings.warmup, 0),
+        ("--dynamic-steps", settings.dynamic_steps, 1),
+    ):
+        if value < least:
+            raise UserError(f"{flag} is {value}; it must be at least {least}")
+    from gfrnn.runs import find_checkpoint
+
+    find_checkpoint(settings.run)  # a wrong path answers before torch is loaded
+    results = evaluate(settings)
+    if settings.json is not None:
+        from gfrnn.runs import write_json
+
+        write_json(settings.json, results)
+
+
+def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
+    """Scores what the settings ask for, prints a table, returns the figures by name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from gfrnn.runs import load_checkpoint, load_model
+    from gfrnn.training.evaluation import score, score_dynamic
+    from gfrnn.training.sample import device_of
+
+    model, trained, path = load_model(settings.run, None if settings.dtype == "run" else settings.dtype)
+    device = device_of(settings.device)
+    model.to(device)
+    texts = _texts(settings, trained)
+    moments = None
+    if settings.dynamic:
+        optimizer = load_checkpoint(path).optimizer
+        moments = optimizer.get("exp_avg_sq", optimizer.get("square_avg"))
+
+    results: dict[str, Any] = {"checkpoint": str(path), "device": device, "dynamic": settings.dynamic}
+    table = Table(title=f"{path} on {device}", title_justify="left")
+    for column in ("text", "bytes", "BPC", "streams", "warm-up", "added by streams", "bytes/s"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    for name, text in texts.items():
+        begin = time.perf_counter()
+        bar = _Bar(name)
+        found: Score
+        if settings.dynamic:
+            found = score_dynamic(
+                model,
+                text,
+                learning_rate=settings.dynamic_learning_rate,
+                decay=settings.dynamic_decay,
+                second_moments=moments,
+                streams=settings.streams,
+                warmup=settings.warmup,
+                steps=settings.dynamic_steps,
+                progress=bar,
+            )
+        else:
+            found = score(
+                model, text, streams=settings.streams, warmup=settings.warmup, seam=settings.warmup, progress=bar
+            )
+        bar.close()
+        seconds = time.perf_counter() - begin
+        key = "bpc" if name == "text" else f"{name}_bpc"
+        results |= {key: found.bpc, "streams": found.streams, "warmup": found.warmup}
+        results["characters"] = results.get("characters", 0) + found.characters
+        exact = "0 (exact)" if found.streams == 1 else "not measured"
+        seam = exact if found.seam_bpc is None else f"{found.seam_bpc:+.5f}"
+        if found.seam_bpc is not None:
+            results[f"{key}_added_by_streams"] = found.seam_bpc
+        label = f"{name}, dynamic" if settings.dynamic else name
+        table.add_row(
+            label,
+            f"{found.characters:,}",
+            f"{found.bpc:.4f}",
+            str(found.streams),
+            str(found.warmup),
+            seam,
+            f"{found.characters / seconds:,.0f}",
+        )
+    Console().print(table)
+    return results
+
+
+def _texts(settings: EvaluateSettings, trained: Any) -> dict[str, Bytes]:
+    """What to score, by name: the file given, else the corpus' validation and test parts."""
+    import dataclasses
+
+    from gfrnn.data import load_text, read_bytes
+
+    if settings.text_file is not None:
+        return {"text": read_bytes(settings.text_file)}
+    data = trained.data
+    if settings.corpus_file is not None:
+        data = dataclasses.replace(data, corpus_file=settings.corpus_file)
+    corpus = load_text(data)
+    return {"valid": corpus.valid, "test": corpus.test}
+
+
+class _Bar:
+    """A progress bar on stderr, silent where that is no terminal."""
+
+    def __init__(self, name: str):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task(name, total=1.0)
+        self._progress.start()
+
+    def __call__(self, part: float) -> None:
+        self._progress.update(self._task, completed=part)
+
+    def close(self) -> None:
+        self._progress.stop()

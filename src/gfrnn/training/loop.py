@@ -1,0 +1,395 @@
+"""The training loop: segments in; updates, validations and checkpoints out. One Trainer a process.
+
+What survives a restart is `Position` and what checkpoint.py gathers; everything random is a function of (seed, update).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from gfrnn.cli import Stopped
+from gfrnn.config import RunFailed, Settings, sizes
+from gfrnn.data import Streams, Text
+from gfrnn.nn import Noise, State, build_language_model
+from gfrnn.nn.noise import hash_numbers
+from gfrnn.runs import Checkpoint, RunFolder, load_checkpoint, load_weights, write_json
+from gfrnn.training import checkpoint as gathered
+from gfrnn.training import shards as sharding
+from gfrnn.training.ds_config import stage_of
+from gfrnn.training.engine import build_optimizer, initialize
+from gfrnn.training.evaluation import score
+from gfrnn.training.objective import SegmentLoss, gemm_peak
+from gfrnn.training.progress import TrainingProgress
+from gfrnn.training.sample import generate
+from gfrnn.training.schedule import ExplosionGuard, learning_rate
+from gfrnn.training.stopping import StopFlag
+
+_RESETS = 0x5E5E7  # keeps the random numbers of resets apart from those of masks
+
+
+@dataclass
+class Position:
+    """Where a run is: plain values, kept in trainer.json."""
+
+    step: int = 0
+    """Updates done."""
+    wall_clock_s: float = 0.0
+    """Seconds of training so far, restarts included."""
+    best_bpc: float | None = None
+    best_step: int = 0
+    without_best: int = 0
+    """Validations since the best one."""
+    last_valid_step: int = 0
+    rate_scale: float = 1.0
+    mean_norm: float = 0.0
+    """Of ExplosionGuard."""
+    average_count: int = 0
+    optimizer_step: int = 0
+
+
+class Done(NamedTuple):
+    """An update, as all processes agree on it."""
+
+    bpc: float
+    """Bits a counted symbol of the global batch."""
+    grad_norm: float
+    """L2 norm of the global gradient before clipping."""
+    rate: float
+    stop: bool
+    save: bool
+
+
+@dataclass
+class Window:
+    """Sums since the last logged line."""
+
+    bits: float = 0.0
+    updates: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+
+
+class Trainer:
+    """Trains one model on one text; `fit` does it all.
+
+    Resumes from the run folder's latest checkpoint if there is one. The process group must be up.
+
+    Args:
+        settings, ds_config: checked and resolved. run: the folder. text: the corpus. device: of this process.
+    """
+
+    def __init__(self, settings: Settings, ds_config: dict[str, Any], run: RunFolder, text: Text, device: torch.device):
+        self.settings, self.run, self.text, self.device = settings, run, text, device
+        self.rank, self.world_size, self.stage = dist.get_rank(), dist.get_world_size(), stage_of(ds_config)
+        batch, optimization = settings.batch, settings.optimization
+        self.streams = Streams(
+            text.train,
+            batch.rows,
+            batch.steps,
+            world_size=self.world_size,
+            rank=self.rank,
+            accumulation=batch.accumulation,
+            device=device,
+        )
+        self.total = settings.run.max_updates or settings.run.max_epochs * self.streams.segments_per_epoch
+        self.stop = StopFlag(settings.run.time_limit)
+        self.progress = TrainingProgress(self.total, 0, enabled=False)  # replaced when training begins
+
+        latest = run.named_checkpoint("latest")
+        saved = load_checkpoint(latest) if latest is not None else None
+        model = build_language_model(settings.model, batch.dtype, settings.seed)
+        if saved is not None and latest is not None:  # before DeepSpeed makes its own copies
+            load_weights(model, saved.weights, latest)
+        # a plain copy for validation and sampling: neither ever touches the engine's weights
+        self.plain_model = build_language_model(settings.model, batch.dtype, settings.seed).to(device).eval()
+        self.parameters = sum(p.numel() for p in model.parameters())
+        objective = SegmentLoss(model)
+        self.engine = initialize(objective, build_optimizer(objective, optimization), ds_config)
+        self.shards = sharding.Shards(self.engine)
+        self.average: sharding.Average | None = None
+        if optimization.average != "none":
+            decay = optimization.average_decay if optimization.average == "ema" else None
+            self.average = sharding.Average(self.shards, decay)
+
+        self.position = Position()
+        self.states: list[State] = []
+        self._zero_states()
+        if saved is not None:
+            self._restore(saved)
+        self.saved_step = self.position.step if saved is not None else -1
+        self.last_save = time.monotonic()
+        self.guard = ExplosionGuard(optimization.halve_on_explosion, self.position.rate_scale, self.position.mean_norm)
+        self.last_norms: list[float] = []
+        self.window = Window()
+
+    # ---------------------------------------------------------------------------------------------- the loop
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end, tests the best weights and returns the summary. Raises Stopped or RunFailed."""
+        run = self.settings.run
+        self.peak = self._peak_flops()
+        self.progress = TrainingProgress(self.total, self.position.step, enabled=self.rank == 0)
+        self.clock = time.monotonic()
+        self._announce()
+        with self.stop.listening(), self.progress:
+            while self.position.step < self.total:
+                done = self._update()
+                step = self.position.step
+                if step % run.log_every == 0 or step == self.total:
+                    self._log(done)
+                if run.valid_every and step % run.valid_every == 0:
+                    self._validate()
+                if done.stop or done.save or (run.checkpoint_every and step % run.checkpoint_every == 0):
+                    self._save()
+                if done.stop:
+                    self._summarize("stopped")
+                    raise Stopped(f"{self._reason()} at update {step} of {self.total}; the same command goes on")
+                if run.patience and self.position.without_best >= run.patience:
+                    self.progress.say(f"no new best in {run.patience} validations: ending at update {step}")
+                    break
+            if self.position.last_valid_step != self.position.step:
+                self._validate()
+            self._save()
+        return self._finish()
+
+    def _update(self) -> Done:
+        """One update over the global batch."""
+        begin = time.perf_counter()
+        batch, step = self.settings.batch, self.position.step
+        segment = step % self.streams.segments_per_epoch
+        if segment == 0 or self._reset_due(step):
+            self._zero_states()
+        rate = self.guard.scale * learning_rate(self.settings.optimization, step, self.total)
+        sharding.set_learning_rate(self.engine, rate)
+        # DeepSpeed averages over processes and micro-batches; what is wanted is their sum over the global count
+        divisor = self.streams.count_per_update / (self.world_size * batch.accumulation)
+        bits = torch.zeros((), device=self.device, dtype=torch.float64)
+        norm = None
+        self.engine.train()
+        for micro in range(batch.accumulation):
+            reading = time.perf_counter()
+            inputs_TB, targets_TB = self.streams.batch(segment, micro)
+            self.window.data_seconds += time.perf_counter() - reading
+            noise = Noise(self.settings.seed, step, self.streams.micro_rows(micro))
+            loss, micro_bits, self.states[micro] = self.engine(
+                inputs_TB, targets_TB, self.streams.weights(micro), self.states[micro], noise, divisor
+            )
+            self.engine.backward(loss)
+            norm = sharding.step(self.engine)
+            bits += micro_bits
+        assert norm is not None  # the last micro-batch is the boundary
+        done = self._agree(bits, norm, rate)
+        self._check_finite(done)
+        if self.guard.see(done.grad_norm):
+            self.progress.say(f"update {step + 1}: gradient norm {done.grad_norm:.3g} exploded; learning rate halved")
+        if self.average is not None and step >= self.settings.optimization.average_from:
+            self.average.update()
+        self.position.step = step + 1
+        self.window.bits += done.bpc
+        self.window.updates += 1
+        self.window.seconds += time.perf_counter() - begin
+        return done
+
+    def _agree(self, bits: torch.Tensor, norm: torch.Tensor, rate: float) -> Done:
+        """The update's one small all-reduce: the loss, and whether any process wants to stop or the first to save."""
+        minutes = self.settings.run.checkpoint_minutes
+        save = self.rank == 0 and minutes and time.monotonic() - self.last_save > 60 * minutes
+        flags = torch.tensor([float(bool(self.stop.reason)), float(save)], dtype=torch.float64)
+        shared = torch.cat([bits.view(1), flags.to(self.device)])
+        dist.all_reduce(shared)
+        all_bits, stops, saves = shared.tolist()
+        return Done(all_bits / self.streams.count_per_update, float(norm), rate, stops > 0, saves > 0)
+
+    def _check_finite(self, done: Done) -> None:
+        if math.isfinite(done.bpc) and math.isfinite(done.grad_norm):
+            self.last_norms = [*self.last_norms[-4:], done.grad_norm]
+            return
+        what = "gradient norm" if math.isfinite(done.bpc) else "loss"
+        norms = ", ".join(f"{norm:.3g}" for norm in self.last_norms) or "none"
+        latest = self.run.named_checkpoint("latest")
+        back = f"the last checkpoint is {latest}" if latest is not None else "there is no checkpoint yet"
+        self._summarize("failed")
+        raise RunFailed(
+            f"{what} is not finite at update {self.position.step + 1}; gradient norms before it: {norms}; {back}; "
+            "go on from there in a new folder with a lower --learning-rate or --clip"
+        )
+
+    def _reset_due(self, step: int) -> bool:
+        batch = self.settings.batch
+        if batch.reset_every and step % batch.reset_every == 0:
+            return True
+        return hash_numbers(self.settings.seed, step, _RESETS) < batch.reset_probability * 2**32
+
+    def _zero_states(self) -> None:
+        micros = range(self.settings.batch.accumulation)
+        self.states = [self.plain_model.zero_state(self.streams.rows_per_micro, self.device) for _ in micros]
+
+    # --------------------------------------------------------------------------------- looking and reporting
+
+    def _validate(self) -> None:
+        """Scores the validation text with the averaged weights (else the weights); a new best is saved as such."""
+        run, position = self.settings.run, self.position
+        self._load_plain(gathered.gather_weights(self.shards, self.average, on_all_ranks=True))
+        text = self.text.valid[: run.valid_bytes or None]
+        bpc = self._score(text)
+        position.last_valid_step = position.step
+        best = position.best_bpc is None or bpc < position.best_bpc
+        if best:
+            position.best_bpc, position.best_step, position.without_best = bpc, position.step, 0
+        else:
+            position.without_best += 1
+        self._write_line({"step": position.step, "epoch": self._epoch, "valid_bpc": bpc})
+        self.progress.say(f"update {position.step}: validation {bpc:.4f} BPC{' (best so far)' if best else ''}")
+        if best:
+            self._save(best=True)
+
+    def _score(self, text: Any) -> float:
+        """BPC of the plain model, its streams shared out among the processes."""
+        run = self.settings.run
+        own = score(
+            self.plain_model,
+            text,
+            streams=run.eval_streams,
+            warmup=run.eval_warmup,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        both = torch.tensor([own.bits, own.characters], dtype=torch.float64, device=self.device)
+        dist.all_reduce(both)
+        bits, characters = both.tolist()
+        return float(bits / characters)
+
+    def _load_plain(self, weights: Any) -> None:
+        self.plain_model.load_state_dict(weights)
+
+    def _log(self, done: Done) -> None:
+        window, self.window = self.window, Window()
+        speed = window.updates * self.streams.count_per_update / window.seconds
+        mfu = speed * sizes(self.settings.model).train_flops / self.peak
+        bpc = window.bits / window.updates
+        self._write_line(
+            {
+                "step": self.position.step,
+                "epoch": self._epoch,
+                "train_bpc": bpc,
+                "learning_rate": done.rate,
+                "grad_norm": done.grad_norm,
+                "characters": self.position.step * self.streams.count_per_update,
+                "characters_per_second": speed,
+                "mfu": mfu,
+                "data_share": window.data_seconds / window.seconds,
+                "wall_clock_s": self._wall_clock(),
+            }
+        )
+        self.progress.show(self.position.step, bpc, speed, mfu)
+
+    def _write_line(self, values: dict[str, Any]) -> None:
+        if self.rank == 0:
+            self.run.append_metrics(values)
+
+    @property
+    def _epoch(self) -> float:
+        return self.position.step / self.streams.segments_per_epoch
+
+    def _wall_clock(self) -> float:
+        return self.position.wall_clock_s + time.monotonic() - self.clock
+
+    def _peak_flops(self) -> float:
+        """FLOP/s of large products here and now, over all processes."""
+        dtype = torch.bfloat16 if self.settings.batch.dtype == "bf16" else torch.float32
+        peak = torch.tensor([gemm_peak(self.device, dtype)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(peak)
+        return peak.item()
+
+    def _announce(self) -> None:
+        s, streams = self.settings, self.streams
+        start = f"resumed at update {self.position.step}" if self.position.step else "from the start"
+        self.progress.say(
+            f"{s.preset}: {self.parameters:,} parameters, {self.text.name}, {self.world_size} "
+            f"process{'es' * (self.world_size > 1)} on {self.device.type}, ZeRO stage {self.stage}, {s.batch.dtype}; "
+            f"{self.total} updates of {s.batch.rows} x {s.batch.steps} characters, {start}"
+        )
+        if streams.dropped_bytes:
+            self.progress.say(
+                f"{streams.dropped_bytes:,} bytes at the rows' ends, less than a segment each, are left out"
+            )
+
+    def _reason(self) -> str:
+        return self.stop.reason or "another process was asked to stop"
+
+    # ------------------------------------------------------------------------------------ saving and the end
+
+    def _save(self, *, best: bool = False) -> None:
+        """Writes a checkpoint of this step, unless it is there; collective."""
+        position = self.position
+        if self.saved_step == position.step:
+            return
+        now = self._wall_clock()
+        position.wall_clock_s, self.clock = now, time.monotonic()
+        position.rate_scale, position.mean_norm = self.guard.scale, self.guard.mean
+        optimizer, position.optimizer_step = gathered.gather_optimizer(self.shards)
+        averages = None
+        if self.average is not None and self.average.count:
+            position.average_count = self.average.count
+            averages = gathered.gather_weights(self.shards, self.average, on_all_ranks=False)
+        checkpoint = Checkpoint(
+            weights=gathered.gather_weights(self.shards, None, on_all_ranks=False),
+            optimizer=optimizer,
+            averages=averages,
+            state=gathered.gather_state(self.states, self.streams),
+            trainer={"position": dataclasses.asdict(position), "settings": self.settings.to_json()},
+        )
+        if self.rank == 0:
+            self.run.save(checkpoint, position.step, best=best, keep_last=self.settings.run.keep_last)
+        dist.barrier()
+        self.saved_step, self.last_save = position.step, time.monotonic()
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self.position = Position(**saved.trainer["position"])
+        self.shards.load_weights(gathered.engine_names(saved.weights))
+        moments = {key: gathered.engine_names(full) for key, full in saved.optimizer.items()}
+        self.shards.load_optimizer_state(moments, self.position.optimizer_step)
+        if self.average is not None and saved.averages is not None:
+            self.average.load(gathered.engine_names(saved.averages), self.position.average_count)
+        accumulation = self.settings.batch.accumulation
+        self.states = gathered.scatter_state(saved.state, self.plain_model, self.streams, accumulation, self.device)
+
+    def _finish(self) -> dict[str, Any]:
+        """Tests the best weights, samples from them and writes the summary."""
+        best = self.run.named_checkpoint("best")
+        assert best is not None  # the last validation at the latest made one
+        self._load_plain(load_checkpoint(best, weights_only=True).best_weights)
+        test_bpc = self._score(self.text.test)
+        sample = b""
+        if self.rank == 0:
+            sample = generate(self.plain_model, b"", self.settings.run.sample_length, temperature=0.8)
+        return self._summarize(
+            "finished", test_bpc=test_bpc, sample=sample.decode("utf-8", "replace"), checkpoint=str(best)
+        )
+
+    def _summarize(self, status: str, **figures: Any) -> dict[str, Any]:
+        position = self.position
+        summary = {
+            "finished": status == "finished",
+            "status": status,
+            "parameters": self.parameters,
+            "step": position.step,
+            "epoch": self._epoch,
+            "characters": position.step * self.streams.count_per_update,
+            "valid_bpc": position.best_bpc,
+            "best_step": position.best_step,
+            "wall_clock_s": self._wall_clock(),
+            "world_size": self.world_size,
+            "zero_stage": self.stage,
+            **figures,
+        }
+        if self.rank == 0:
+            write_json(self.run.summary_path, summary)
+        return summary

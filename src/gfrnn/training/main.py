@@ -1,0 +1,162 @@
+"""Train: gfrnn-train, deepspeed src/train.py. From the command line to a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gfrnn import cli
+from gfrnn.config import PAPER_SYMBOLS, Settings, UserError, preset, preset_note, presets, sizes, validate
+from gfrnn.runs import RunFolder
+from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
+
+
+def main() -> None:
+    """gfrnn-train."""
+    cli.run(_main)
+
+
+def _main() -> None:
+    name = _preset_name(sys.argv[1:])
+    if name == "list":
+        print_presets()
+        return
+    settings = cli.parse(Settings, sys.argv[1:], default=preset(name))
+    validate(settings)
+    world_size = cli.world_size()
+    if world_size > settings.batch.rows:
+        raise UserError(
+            f"{world_size} processes cannot share --rows {settings.batch.rows}: start fewer, or raise --rows"
+        )
+    ds_config = resolve_ds_config(load_ds_config(settings.deepspeed), settings, world_size=world_size)
+    run = RunFolder(settings.output_dir)
+    run.check(settings)
+    if settings.dry_run:
+        print_settings(settings, ds_config, world_size)
+        return
+    from gfrnn.data import load_text
+
+    if settings.prepare:
+        text = load_text(settings.data)
+        parts = f"{len(text.train):,} training, {len(text.valid):,} validation, {len(text.test):,} test"
+        cli.say(f"{text.name} is ready: {parts} bytes")
+        return
+    train(settings, ds_config, run)
+
+
+def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None:
+    """Trains, or says that the run in this folder is finished. Raises UserError, RunFailed, Stopped."""
+    _share_cores()
+    from gfrnn.data import load_text
+
+    text = load_text(settings.data)
+    run.check(settings, text.md5)
+    finished = _finished(run, settings)
+    if finished is not None:
+        cli.say(f"{run.path} is finished already; give another --output-dir, or a larger --max-updates to go on")
+        _print_results(finished, settings, run)
+        return
+
+    import torch.distributed as dist
+
+    from gfrnn.training.engine import init_distributed
+    from gfrnn.training.loop import Trainer
+
+    device = init_distributed()
+    if dist.get_rank() == 0:
+        latest = run.named_checkpoint("latest")
+        run.create(settings, ds_config, text.md5)
+        run.truncate_metrics(int(latest.name.removeprefix("step-")) if latest is not None else 0)
+        run.summary_path.unlink(missing_ok=True)
+    dist.barrier()
+    from gfrnn.training.tracking import Tracker
+
+    tracker = Tracker.start(run.path, settings.run.experiment) if settings.run.mlflow and dist.get_rank() == 0 else None
+    try:
+        summary = Trainer(settings, ds_config, run, text, device).fit()
+    finally:
+        if tracker is not None:
+            tracker.finish()
+    if dist.get_rank() == 0:
+        _print_results(summary, settings, run)
+    dist.destroy_process_group()
+
+
+def _finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do, else None."""
+    if not run.summary_path.exists():
+        return None
+    summary: dict[str, Any] = json.loads(run.summary_path.read_text())
+    more = settings.run.max_updates > summary["step"]
+    return summary if summary["finished"] and not more else None
+
+
+def _share_cores() -> None:
+    """Without a word from the user, the processes of a node share its cores (read by OpenMP when torch is imported)."""
+    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or cli.world_size())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // here)))
+
+
+# ------------------------------------------------------------------------------------------- what is printed
+
+
+def _print_results(summary: dict[str, Any], settings: Settings, run: RunFolder) -> None:
+    from gfrnn.training.tracking import ui_command
+
+    print(f"test {summary['test_bpc']:.4f} BPC, validation {summary['valid_bpc']:.4f} at update {summary['best_step']}")
+    print(f"a sample ({settings.run.sample_length} bytes, temperature 0.8):")
+    print("    " + summary["sample"].strip("\n").replace("\n", "\n    "))
+    print(f"run folder: {run.path}")
+    if settings.run.mlflow:
+        print(f"its curves: {ui_command(run.path)}")
+    print(f"score it:   python src/evaluate.py {run.path}")
+    print(f"more text:  python src/sample.py {run.path} --prompt 'The '")
+    if settings.preset == "demo":
+        print("full size:  deepspeed src/train.py --deepspeed ds_configs/z2.json   (gf-lstm-5x700 on enwik8, for GPUs)")
+
+
+def print_presets() -> None:
+    """Every preset with its size, counted as the paper does."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"Presets at {PAPER_SYMBOLS} symbols (text is bytes, so a run has 256)",
+        caption="recurrent: weights with global gates, no biases, no softmax. FLOP: to train, a character; look-ups of "
+        "one-hot symbols cost none",
+    )
+    for column in ("preset", "recurrent", "softmax", "MFLOP a character", ""):
+        table.add_column(column, justify="left" if column in ("preset", "") else "right", no_wrap=column == "preset")
+    for name, settings in presets().items():
+        count = sizes(settings.model, PAPER_SYMBOLS)
+        flops = f"{count.train_flops / 1e6:.2f}"
+        table.add_row(name, f"{count.recurrent:,}", f"{count.softmax:,}", flops, preset_note(name))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def print_settings(settings: Settings, ds_config: dict[str, Any], world_size: int) -> None:
+    """What a run with these flags would do."""
+    count = sizes(settings.model)
+    flat = settings.to_json()
+    for group in (flat, *(flat[f.name] for f in dataclasses.fields(settings) if isinstance(flat[f.name], dict))):
+        for name, value in group.items():
+            if not isinstance(value, dict):
+                print(f"--{name.replace('_', '-'):24} {value}")
+    print(f"parameters                 {count.total:,} ({count.recurrent:,} recurrent weights)")
+    print(f"FLOP a character           {count.train_flops:,} to train")
+    print(f"processes                  {world_size}, ZeRO stage {stage_of(ds_config)}")
+    print(f"DeepSpeed config           {json.dumps(ds_config)}")
+
+
+def _preset_name(argv: Sequence[str]) -> str:
+    """The value of --preset: it is the default for every other flag, so it is needed first."""
+    for position, arg in enumerate(argv):
+        if arg.startswith("--preset="):
+            return arg.removeprefix("--preset=")
+        if arg == "--preset" and position + 1 < len(argv):
+            return argv[position + 1]
+    return Settings().preset

@@ -1,0 +1,87 @@
+"""Starts the real programs as a user would: the DeepSpeed launcher, or one python process a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+# A model and a text that an update takes milliseconds for.
+SMALL = (
+    "--preset demo --num-layers 2 --hidden-size 16 --rows 5 --steps 12 --eval-streams 4 --eval-warmup 20 "
+    "--valid-bytes 2000 --sample-length 20 --log-every 1 --no-mlflow"
+).split()
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a test's programs see: no hub, one thread each, no launcher's leftovers."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MLFLOW_TRACKING_URI")}
+    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
+
+
+def script(name: str, *flags: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """python src/NAME.py FLAGS, to its end."""
+    command = [sys.executable, str(ROOT / "src" / f"{name}.py"), *map(str, flags)]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "env": environment()}
+    return subprocess.run(command, **{**options, **kwargs})
+
+
+def start_training(
+    output_dir: Path, flags: Sequence[str] = SMALL, *, processes: int = 1, stage: str = "z0", launcher: bool = False
+) -> subprocess.Popen[str]:
+    """Starts training and returns at once; with the DeepSpeed launcher, or (one process) without."""
+    config = ["--deepspeed", str(ROOT / "ds_configs" / f"{stage}.json")]
+    tail = [str(ROOT / "src/train.py"), *config, "--output-dir", str(output_dir), *flags]
+    if launcher:
+        head = [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port())]
+    else:
+        assert processes == 1, "several processes need the launcher"
+        head = [sys.executable]
+    return subprocess.Popen(
+        [*head, *tail],
+        env=environment(PATH=f"{BIN}:{os.environ['PATH']}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=output_dir.parent,
+    )
+
+
+def train(output_dir: Path, flags: Sequence[str] = SMALL, **kwargs: Any) -> tuple[int, str, str]:
+    """Trains to the end: (exit status, stdout, stderr)."""
+    process = start_training(output_dir, flags, **kwargs)
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    """Training BPC by update."""
+    return {line["step"]: line["train_bpc"] for line in metrics(output_dir) if "train_bpc" in line}
+
+
+def validations(output_dir: Path) -> dict[int, float]:
+    return {line["step"]: line["valid_bpc"] for line in metrics(output_dir) if "valid_bpc" in line}
+
+
+def summary(output_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
+    return found

@@ -1,0 +1,93 @@
+"""One process of W that trains every (stage, accumulation) asked for, one after another, each in its own run folder.
+
+argv: folder, then STAGE:ACCUMULATION[:RESUME_FROM] ...; RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment.
+"""
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from gfrnn.config import ModelSettings, OptimizerSettings, Settings, preset
+from gfrnn.data import load_text
+from gfrnn.runs import RunFolder
+from gfrnn.training.ds_config import load_ds_config, resolve_ds_config
+from gfrnn.training.engine import init_distributed
+from gfrnn.training.loop import Trainer
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+
+def settings_for(output_dir: Path, accumulation: int, dtype: str = "fp32") -> Settings:
+    """Everything random or stateful switched on; 5 rows, so that 2 and 3 processes need padding."""
+    demo = preset("demo")
+    return dataclasses.replace(
+        demo,
+        output_dir=output_dir,
+        seed=3,
+        model=ModelSettings(
+            num_layers=2,
+            hidden_size=16,
+            output_skips=True,
+            dropout=0.2,
+            input_dropout=0.1,
+            output_dropout=0.1,
+            weight_dropout=0.1,
+            forget_bias=1.0,
+        ),
+        batch=dataclasses.replace(
+            demo.batch, rows=5, steps=12, accumulation=accumulation, reset_every=17, reset_probability=0.05, dtype=dtype
+        ),
+        optimization=OptimizerSettings(
+            optimizer="adamw",
+            weight_decay=0.01,
+            learning_rate=8e-3,
+            clip=0.6,
+            schedule="cosine",
+            warmup_updates=10,
+            average="ema",
+            average_decay=0.9,
+            average_from=5,
+        ),
+        run=dataclasses.replace(
+            demo.run,
+            max_updates=60,
+            valid_every=20,
+            valid_bytes=2000,
+            eval_streams=3,
+            eval_warmup=30,
+            checkpoint_every=25,
+            keep_last=9,
+            log_every=1,
+            sample_length=10,
+        ),
+    )
+
+
+def main() -> None:
+    folder, jobs = Path(sys.argv[1]), sys.argv[2:]
+    device = init_distributed()
+    for job in jobs:
+        stage, accumulation, *resume = job.split(":")
+        output_dir = folder / f"z{stage}-w{dist.get_world_size()}-a{accumulation}{'-resumed' * bool(resume)}"
+        settings = settings_for(output_dir, int(accumulation))
+        text = load_text(settings.data)
+        config = load_ds_config(CONFIGS / f"z{stage}.json")
+        ds_config = resolve_ds_config(config, settings, world_size=dist.get_world_size())
+        run = RunFolder(output_dir)
+        if dist.get_rank() == 0:
+            run.create(settings, ds_config, text.md5)
+            if resume:  # a checkpoint of another run, as if this one had been interrupted there
+                source = folder / resume[0] / "checkpoints" / "step-00000025"
+                shutil.copytree(source, run.checkpoints / source.name)
+                (run.checkpoints / "latest").write_text(source.name)
+        dist.barrier()
+        Trainer(settings, ds_config, run, text, device).fit()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
