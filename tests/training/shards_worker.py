@@ -41,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
     },
+    **{f"z{s}_wire": {"zero_optimization": {"stage": s}, "communication_data_type": "bf16"} for s in (0, 2)},
     "z1_predivide": {"zero_optimization": {"stage": 1}, "gradient_predivide_factor": 2.0},
     "z2_reordered": {"zero_optimization": {"stage": 2, "round_robin_gradients": True, "parameter_alignment": True}},
     "z3_pieces": {"zero_optimization": {"stage": 3, **_SMALL}},

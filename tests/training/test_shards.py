@@ -21,10 +21,10 @@ from gfrnn.training.engine import build_optimizer
 WORLD_SIZES = (1, 2, 3)
 STAGES = ("z0", "z1", "z2", "z3")
 FP32 = (*STAGES, "z2_offload", "z1_predivide", "z2_reordered", "z3_pieces", "z3_offload")
-BF16 = ("z1_bf16", "z2_bf16", "z3_bf16", "z2_bf16_fp32grads")
+BF16 = ("z1_bf16", "z2_bf16", "z3_bf16", "z2_bf16_fp32grads", "z0_wire", "z2_wire")
 # Other jobs: their own optimizer or accumulation, so only files of their kind fit.
 RMSPROP = tuple(f"{stage}-rmsprop" for stage in STAGES)
-ACCUMULATED = tuple(f"{stage}-accumulated" for stage in STAGES)
+ACCUMULATED = ("z0-accumulated", "z2-accumulated")
 
 FP32_CLOSE = 1e-5
 BF16_CLOSE = 5e-3
