@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from gfrnn.config import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, RunFailed, UserError
 
@@ -24,8 +24,8 @@ T = TypeVar("T")
 _MENDS = {
     errno.ENOSPC: "free space on that disk, then run the same command again",
     errno.EDQUOT: "your quota there is used up: free space, then run the same command again",
-    errno.EACCES: "give a folder you may write to",
-    errno.EPERM: "give a folder you may write to",
+    errno.EACCES: "give a path that you may read and write",
+    errno.EPERM: "give a path that you may read and write",
     errno.EROFS: "that file system is read-only: give another folder",
     errno.ENOTDIR: "a part of that path is a file: give another folder",
 }
@@ -47,7 +47,7 @@ def parse(settings: type[T], argv: Sequence[str], default: T | None = None) -> T
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(settings, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+            return cast(T, tyro.cli(settings, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,)))
     except SystemExit as end:
         if end.code in (0, None):
             raise
@@ -55,23 +55,32 @@ def parse(settings: type[T], argv: Sequence[str], default: T | None = None) -> T
 
 
 def _one_line(box: str) -> str:
-    """The message of a framed, wrapped error as one line, with the flags it suggests."""
+    """tyro's framed, wrapped error as one line: its first section, with the flags that a later one suggests.
+
+    A frame has its title in the top border; where the terminal has no such characters, title and rules are lines.
+    """
     lines = [re.sub("^[│╭╰─ ]+|[│╮╯─ ]+$", "", line) for line in box.splitlines()]
-    lines = lines[1:] if lines and box.startswith("╭") else lines  # the frame's title
-    head: list[str] = []
-    for line in lines:
-        if not line:
-            break
-        head.append(line)
-    nearest = [line.split()[0] for line in lines[len(head) :] if line.startswith("--")] if "Unrecognized" in box else []
+    sections: list[list[str]] = [[]]
+    for line in lines[1:]:
+        if line.strip("-"):
+            sections[-1].append(line)
+        elif sections[-1]:
+            sections.append([])
+    suggested = [part for part in sections if part[:1] == ["Perhaps you meant:"]]
+    nearest = [line.split()[0] for part in suggested for line in part if line.startswith("--")]
     hint = f"did you mean {' or '.join(nearest[:3])}? " if nearest else ""
-    return f"{' '.join(head).rstrip('.')}; {hint}--help lists all flags"
+    return f"{' '.join(sections[0]).rstrip('.')}; {hint}--help lists all flags"
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a program and ends it with the status that its end means."""
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, where what goes wrong with it can still be said
     except UserError as error:
         _end(f"error: {error}", EXIT_USER)
     except RunFailed as error:
@@ -80,9 +89,8 @@ def run(main: Callable[[], None]) -> None:
         _end(f"stopped: {stop}", EXIT_STOPPED)
     except KeyboardInterrupt:
         _end("interrupted", 128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output (`| head`) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone: end as other programs do, without a word
+        os._exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _MENDS:
             raise
@@ -113,8 +121,8 @@ def _end(line: str, status: int) -> None:
     if rank() != 0 and status != EXIT_STOPPED:
         time.sleep(5)
         line = f"rank {rank()}: {line}"
-    if rank() == 0 or status != EXIT_STOPPED:
-        print(line, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk or a reader who has gone: the first error is the one that counts
+        if rank() == 0 or status != EXIT_STOPPED:
+            print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(status)

@@ -14,10 +14,9 @@ kill at any instant leaves a usable one.
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -79,17 +78,18 @@ class RunFolder:
 
     def read_settings(self) -> Settings:
         """The settings the run was started with; raises UserError if there is no run here."""
-        return Settings.from_json(_read_json(self.config_path)["settings"])
+        return Settings.from_json(_read_json(self.config_path, "settings")["settings"])
 
     def check(self, settings: Settings, corpus_md5: str | None = None) -> bool:
         """Whether a run is here already; raises UserError if it is one of other settings or another text."""
         if not self.config_path.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            # a kill in create() leaves a hidden file, which does not make it somebody else's folder
+            if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise UserError(
                     f"--output-dir {self.path} has files in it but no config.json of a run; give an empty or new folder"
                 )
             return False
-        config = _read_json(self.config_path)
+        config = _read_json(self.config_path, "settings", "corpus_md5")
         differences = _differences(config["settings"], settings.to_json())
         if differences:
             name, was, now = differences[0]
@@ -107,7 +107,7 @@ class RunFolder:
 
     def create(self, settings: Settings, ds_config: dict[str, Any], corpus_md5: str) -> None:
         """Makes the folder and writes config.json (again, if the run goes on under another DeepSpeed config)."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         write_json(
             self.config_path,
             {
@@ -118,28 +118,25 @@ class RunFolder:
                 "versions": versions(),
             },
         )
+        self.checkpoints.mkdir(exist_ok=True)
 
     # -- metrics
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step` (and a torn last one): the resumed run writes them again."""
-        if not self.metrics_path.exists():
-            return
-        kept = []
-        for line in self.metrics_path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break  # torn by a kill
-        replace_file(self.metrics_path, "".join(kept).encode())
+        if self.metrics_path.exists():
+            kept = [json.dumps(values) + "\n" for values in self.read_metrics() if values["step"] <= step]
+            replace_file(self.metrics_path, "".join(kept).encode())
 
     def append_metrics(self, values: dict[str, Any]) -> None:
+        """One line: `values` (which have a "step") and the time of day."""
         with self.metrics_path.open("a") as f:
             f.write(json.dumps({**values, "time": time.time()}) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        """Every line, in order; without a last one that a kill tore or that is being written."""
+        lines = self.metrics_path.read_text().split("\n") if self.metrics_path.exists() else []
+        return [json.loads(line) for line in lines[:-1]]  # after the last newline there is nothing, or a torn line
 
     # -- checkpoints
 
@@ -153,9 +150,11 @@ class RunFolder:
     def save(self, checkpoint: Checkpoint, step: int, *, best: bool, keep_last: int) -> Path:
         """Writes a checkpoint so that a kill at any instant leaves a usable latest one; removes old ones."""
         target = self.checkpoints / f"step-{step:08d}"
-        if not target.exists():  # else: this very step was saved before a restart
-            for stale in self.checkpoints.glob(".writing-*"):
-                shutil.rmtree(stale)
+        for stale in self.checkpoints.glob(".writing-*"):
+            shutil.rmtree(stale)
+        if self.named_checkpoint("latest") == target:  # this very step again: only what is known about it is new
+            write_json(target / "trainer.json", checkpoint.trainer)
+        else:
             writing = self.checkpoints / f".writing-{target.name}"
             writing.mkdir()
             _save_tensors(writing / "weights.safetensors", checkpoint.weights)
@@ -166,11 +165,13 @@ class RunFolder:
             _save_tensors(writing / "state.safetensors", checkpoint.state)
             write_json(writing / "trainer.json", checkpoint.trainer)
             _sync(writing)
+            if target.exists():  # a kill came between its renaming and `latest`, and the run may have gone another way
+                self._remove(target)
             writing.rename(target)
             _sync(self.checkpoints)
-        replace_file(self.checkpoints / "latest", target.name.encode())
-        if best:
+        if best:  # before `latest`, whose trainer.json says which step is the best
             replace_file(self.checkpoints / "best", target.name.encode())
+        replace_file(self.checkpoints / "latest", target.name.encode())
         self._remove_old(keep_last)
         return target
 
@@ -179,9 +180,11 @@ class RunFolder:
         keep = {*found[-keep_last:], self.named_checkpoint("latest"), self.named_checkpoint("best")}
         for path in found:
             if path not in keep:
-                # renamed first: a half-removed folder must not look like a checkpoint
-                gone = path.rename(self.checkpoints / f".writing-old-{path.name}")
-                shutil.rmtree(gone)
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        # renamed first: a half-removed folder must not look like a checkpoint
+        shutil.rmtree(path.rename(self.checkpoints / f".writing-old-{path.name}"))
 
 
 # ------------------------------------------------------------------------------------------ finding and loading
@@ -220,7 +223,7 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
                 f"checkpoint {path / name} is missing or damaged ({error}); start from another one under {path.parent}"
             ) from error
 
-    trainer = _read_json(path / "trainer.json")
+    trainer = _read_json(path / "trainer.json", "settings")
     checkpoint = Checkpoint(weights=tensors("weights.safetensors"), trainer=trainer)
     if (path / "averages.safetensors").exists():
         checkpoint.averages = tensors("averages.safetensors")
@@ -276,13 +279,16 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, A
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """An object that has the names needed; raises UserError."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: not a run of gfrnn, or an incomplete copy of one") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})") from error
+    except ValueError as error:  # not JSON, or not even text
+        raise UserError(f"{path} is damaged: not valid JSON ({error})") from error
+    if not isinstance(values, dict) or any(name not in values for name in needed):
+        raise UserError(f"{path} was not written by gfrnn: it has no {' or '.join(map(repr, needed))}")
     return values
 
 
@@ -312,9 +318,11 @@ def _save_tensors(path: Path, tensors: TensorsByName) -> None:
     try:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
     except SafetensorError as error:
-        if "os error 28" in str(error):  # raised without an errno
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+        number = re.search(r"os error (\d+)", str(error))  # a full disk, say: raised without an errno
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private; the folder has the user's umask
     _sync(path)
 
 
@@ -329,13 +337,17 @@ def _sync(path: Path) -> None:
 
 def git_commit() -> str | None:
     """The commit of the source tree, with '+' if it has changes; None outside a git checkout."""
-    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True).stdout.strip()
+
+    here = Path(__file__)
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        git("ls-files", "--error-unmatch", here.name)  # fails where this is installed inside another project's checkout
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,17 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from gfrnn.cli import parse, run
-from gfrnn.config import UserError
+from gfrnn.config import Settings, UserError
 
 if TYPE_CHECKING:
     from gfrnn.training.evaluation import Bytes, Score
+
+_SEAM_BYTES = 1000  # that a stream reads on into the next piece, to measure what starting it in mid-text adds
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
     """Bits per character of a trained model on held-out text."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder (its best checkpoint) or a checkpoint folder."""
     text_file: Path | None = None
     """Score this file (plain, .gz, .xz, .zip) instead of the corpus' validation and test parts."""
@@ -33,14 +38,14 @@ class EvaluateSettings:
     """Bytes each stream reads before its piece, unscored."""
     dynamic: bool = False
     """Dynamic evaluation: learn from each segment after scoring it. Its figure is its own column."""
-    dynamic_learning_rate: float = 2e-3
-    """Step size of dynamic evaluation."""
+    dynamic_learning_rate: float = 1e-4
+    """Step size of dynamic evaluation, in multiples of each gradient's root mean square in training."""
     dynamic_decay: float = 1e-3
     """Pull to the trained weights, a segment."""
     dynamic_steps: int = 20
     """Segment length of dynamic evaluation."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:N, or auto: cuda where there is one."""
     dtype: Literal["run", "fp32", "bf16"] = "run"
     """Of the recurrence's products; run: as it was trained."""
     json: Path | None = None
@@ -54,34 +59,46 @@ def main() -> None:
 
 def _main() -> None:
     settings = parse(EvaluateSettings, sys.argv[1:])
-    for flag, value, least in (
-        ("--streams", settings.streams, 1),
-        ("--warmup", settings.warmup, 0),
-        ("--dynamic-steps", settings.dynamic_steps, 1),
-    ):
-        if value < least:
-            raise UserError(f"{flag} is {value}; it must be at least {least}")
-    from gfrnn.runs import find_checkpoint
+    _validate(settings)
+    from gfrnn.runs import find_checkpoint, write_json
 
     find_checkpoint(settings.run)  # a wrong path answers before torch is loaded
     results = evaluate(settings)
     if settings.json is not None:
-        from gfrnn.runs import write_json
-
         write_json(settings.json, results)
+
+
+def _validate(settings: EvaluateSettings) -> None:
+    """Refuses what cannot work before anything is loaded; raises UserError."""
+    for flag, value, least in (
+        ("--streams", settings.streams, 1),
+        ("--warmup", settings.warmup, 0),
+        ("--dynamic-steps", settings.dynamic_steps, 1),
+        ("--dynamic-learning-rate", settings.dynamic_learning_rate, 0),
+        ("--dynamic-decay", settings.dynamic_decay, 0),
+    ):
+        if not value >= least:
+            raise UserError(f"{flag} is {value}; it must be at least {least}")
+    if settings.dynamic_decay > 1:
+        raise UserError(f"--dynamic-decay is {settings.dynamic_decay}; it must be at most 1")
+    if settings.text_file is not None and settings.corpus_file is not None:
+        raise UserError("--corpus-file has no effect beside --text-file: leave one of them out")
+    if settings.json is not None and (settings.json.is_dir() or not settings.json.parent.is_dir()):
+        raise UserError(f"--json {settings.json}: cannot be written: give a file in a folder that exists")
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Scores what the settings ask for, prints a table, returns the figures by name."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from gfrnn.runs import load_checkpoint, load_model
     from gfrnn.training.evaluation import score, score_dynamic
     from gfrnn.training.sample import device_of
 
-    model, trained, path = load_model(settings.run, None if settings.dtype == "run" else settings.dtype)
     device = device_of(settings.device)
+    model, trained, path = load_model(settings.run, None if settings.dtype == "run" else settings.dtype)
     model.to(device)
     texts = _texts(settings, trained)
     moments = None
@@ -90,30 +107,29 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         moments = optimizer.get("exp_avg_sq", optimizer.get("square_avg"))
 
     results: dict[str, Any] = {"checkpoint": str(path), "device": device, "dynamic": settings.dynamic}
-    table = Table(title=f"{path} on {device}", title_justify="left")
+    table = Table(title=Text(f"{path} on {device}"), title_justify="left")  # a path may have brackets in it
     for column in ("text", "bytes", "BPC", "streams", "warm-up", "added by streams", "bytes/s"):
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, text in texts.items():
         begin = time.perf_counter()
-        bar = _Bar(name)
         found: Score
-        if settings.dynamic:
-            found = score_dynamic(
-                model,
-                text,
-                learning_rate=settings.dynamic_learning_rate,
-                decay=settings.dynamic_decay,
-                second_moments=moments,
-                streams=settings.streams,
-                warmup=settings.warmup,
-                steps=settings.dynamic_steps,
-                progress=bar,
-            )
-        else:
-            found = score(
-                model, text, streams=settings.streams, warmup=settings.warmup, seam=settings.warmup, progress=bar
-            )
-        bar.close()
+        with _bar(name) as bar:
+            if settings.dynamic:
+                found = score_dynamic(
+                    model,
+                    text,
+                    learning_rate=settings.dynamic_learning_rate,
+                    decay=settings.dynamic_decay,
+                    second_moments=moments,
+                    streams=settings.streams,
+                    warmup=settings.warmup,
+                    steps=settings.dynamic_steps,
+                    progress=bar,
+                )
+            else:
+                found = score(
+                    model, text, streams=settings.streams, warmup=settings.warmup, seam=_SEAM_BYTES, progress=bar
+                )
         seconds = time.perf_counter() - begin
         key = "bpc" if name == "text" else f"{name}_bpc"
         results |= {key: found.bpc, "streams": found.streams, "warmup": found.warmup}
@@ -132,14 +148,12 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             seam,
             f"{found.characters / seconds:,.0f}",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     return results
 
 
-def _texts(settings: EvaluateSettings, trained: Any) -> dict[str, Bytes]:
+def _texts(settings: EvaluateSettings, trained: Settings) -> dict[str, Bytes]:
     """What to score, by name: the file given, else the corpus' validation and test parts."""
-    import dataclasses
-
     from gfrnn.data import load_text, read_bytes
 
     if settings.text_file is not None:
@@ -151,20 +165,13 @@ def _texts(settings: EvaluateSettings, trained: Any) -> dict[str, Bytes]:
     return {"valid": corpus.valid, "test": corpus.test}
 
 
-class _Bar:
-    """A progress bar on stderr, silent where that is no terminal."""
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar on stderr, silent where that is no terminal: yields what to call with the part done."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    def __init__(self, name: str):
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task(name, total=1.0)
-        self._progress.start()
-
-    def __call__(self, part: float) -> None:
-        self._progress.update(self._task, completed=part)
-
-    def close(self) -> None:
-        self._progress.stop()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=1.0)
+        yield lambda part: progress.update(task, completed=part)

@@ -11,8 +11,9 @@ Legend: T steps, B streams of this process, V symbols, N bytes of text, n bytes 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,9 @@ from torch import Tensor
 from gfrnn.nn import LanguageModel, State
 
 NEWLINE = 10
+_SYMBOLS_AT_A_TIME = 1 << 15  # T * B at most: 32 MiB of logits, however many streams
+_SMALLEST_RMS = 0.1  # that dynamic evaluation divides a gradient by, as a part of the mean one
+
 Bytes = NDArray[np.uint8]
 
 
@@ -45,16 +49,23 @@ class Score:
 
 
 class _Pieces:
-    """The text as S side-by-side pieces, and what of it each process reads."""
+    """The text as S side-by-side pieces of equal length (the last may be shorter), and those that a process reads."""
 
     def __init__(self, text: Bytes, streams: int, warmup: int, rank: int, world_size: int, device: torch.device):
-        # a piece shorter than the warm-up would start before the text does
-        self.streams = max(1, min(streams, len(text) // max(warmup, 1)))
+        # a piece shorter than the warm-up would make its stream start before the text does
+        streams = max(1, min(streams, len(text) // max(warmup, 1)))
+        self.length = math.ceil(len(text) / streams)
+        self.streams = math.ceil(len(text) / self.length)  # rounding up may have left the last ones nothing
         self.warmup = warmup if self.streams > 1 else 0
-        self.length = math.ceil(len(text) / self.streams)
         self.size = len(text)
-        self.rows = torch.arange(rank, self.streams, world_size, device=device)
+        self.rows = torch.tensor(range(rank, self.streams, world_size), dtype=torch.long, device=device)
+        self.has_first = rank == 0
         self.text = torch.from_numpy(np.concatenate([np.array([NEWLINE], dtype=np.uint8), text])).to(device)
+
+    @property
+    def characters(self) -> int:
+        """Bytes in the pieces that this process reads."""
+        return int((self.size - self.rows * self.length).clamp(max=self.length).sum().item())
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positions start..stop of every stream, 0 being the first of its piece: inputs, targets, inside; [T, B]."""
@@ -64,10 +75,25 @@ class _Pieces:
         position_TB = position_TB.clamp(0, self.size - 1)
         return self.text[position_TB].long(), self.text[position_TB + 1].long(), inside_TB
 
+    def begin(self, state: State | None) -> State | None:
+        """The state at position 0, after the warm-up: the text's first stream had nothing to read before it."""
+        if state is not None and self.has_first:
+            for part in state if isinstance(state, tuple) else (state,):
+                part[:, 0] = 0
+        return state
+
+
+def _spans(marks: set[int], steps: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of at most `steps` positions each, from the first mark to the last, none across a mark."""
+    for begin, end in itertools.pairwise(sorted(marks)):
+        for start in range(begin, end, steps):
+            yield start, min(start + steps, end)
+
 
 def bits_TB(logits_TBV: Tensor, targets_TB: Tensor) -> Tensor:
-    """-log2 p(target), fp32, [T, B]."""
-    nll = F.cross_entropy(logits_TBV.float().flatten(0, 1), targets_TB.flatten(), reduction="none")
+    """-log2 p(target), [T, B], in fp32 (fp64 of fp64 logits)."""
+    logits_TBV = logits_TBV.to(torch.promote_types(logits_TBV.dtype, torch.float32))
+    nll = F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="none")
     return nll.view(targets_TB.shape) / math.log(2)
 
 
@@ -84,59 +110,51 @@ def score(
     world_size: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> Score:
-    """Scores every byte of text once.
+    """Scores every byte of text once; puts the model in eval mode.
 
     With several processes each reads its share of the streams; add up `Score.bits` and `characters` over them.
 
     Args:
-        streams: pieces read in parallel; 1 is exact.
+        text: at least one byte.
+        streams: pieces read in parallel; 1 is exact. Fewer where the text has not `warmup` bytes for each.
         warmup: bytes read before a piece, unscored.
-        steps: read at a time (memory only, not the result).
-        seam: bytes that each stream reads on into the next piece, to measure seam_bpc; 0 does not.
+        steps: read at most so many at a time (memory only, not the result).
+        seam: bytes that each stream reads on into the next piece, to measure seam_bpc; 0 does not. One process only:
+            neighbouring streams belong to different ones.
         progress: called with the part done, 0 to 1.
     """
     device = next(model.parameters()).device
     pieces = _Pieces(text, streams, warmup, rank, world_size, device)
     model.eval()
-    bits, characters = 0.0, 0
     if not len(pieces.rows):
         return Score(0.0, 0, pieces.streams, pieces.warmup)
+    steps = max(1, min(steps, _SYMBOLS_AT_A_TIME // len(pieces.rows)))
+    length = pieces.length
+    seam = min(seam, length) if pieces.streams > 1 and world_size == 1 else 0
+    bits = 0.0
+    heads: list[Tensor] = []  # bits of each piece's first bytes, read with no more past than the warm-up ...
+    tails: list[Tensor] = []  # ... and with all of the stream before
     state: State | None = None
-    end = pieces.length + (min(seam, pieces.length) if pieces.streams > 1 else 0)
-    heads: list[Tensor] = []  # bits of the first bytes of each piece: read with no more than the warm-up ...
-    tails: list[Tensor] = []  # ... and with the whole past, by the stream before
-
-    def read(start: int, stop: int) -> Tensor:
-        nonlocal state
+    for start, stop in _spans({-pieces.warmup, 0, seam, length, length + seam}, steps):
         inputs_TB, targets_TB, inside_TB = pieces.read(start, stop)
+        if start == 0:
+            state = pieces.begin(state)
         logits_TBV, state = model(inputs_TB, state)
-        return torch.where(inside_TB, bits_TB(logits_TBV, targets_TB), 0.0)
-
-    for start in range(-pieces.warmup, 0, steps):
-        read(start, min(start + steps, 0))
-    if state is not None and rank == 0:  # the first stream has nothing before its piece
-        for part in state if isinstance(state, tuple) else (state,):
-            part[:, 0] = 0
-    cuts = sorted({*range(0, end, steps), pieces.length, end - pieces.length if seam else 0, end} - {0})
-    start = 0
-    for stop in cuts:
-        chunk = read(start, stop)
-        if stop <= pieces.length:
-            bits += chunk.double().sum().item()
-            if stop <= end - pieces.length:
-                heads.append(chunk)
-        else:
-            tails.append(chunk)
+        if start >= 0:
+            found_TB = torch.where(inside_TB, bits_TB(logits_TBV, targets_TB), 0.0).double()
+            if start < length:
+                bits += found_TB.sum().item()
+            if start < seam:
+                heads.append(found_TB)
+            if start >= length:
+                tails.append(found_TB)
         if progress is not None:
-            progress(stop / end)
-        start = stop
-    piece_sizes = (pieces.size - pieces.rows * pieces.length).clamp(0, pieces.length)
-    characters = int(piece_sizes.sum().item())
+            progress((stop + pieces.warmup) / (length + seam + pieces.warmup))
     seam_bpc = None
-    if tails and world_size == 1:
-        head, tail = torch.cat(heads)[:, 1:], torch.cat(tails)[:, :-1]
-        seam_bpc = (head.double().sum() - tail.double().sum()).item() / pieces.size
-    return Score(bits, characters, pieces.streams, pieces.warmup, seam_bpc)
+    if seam:
+        head_TB, tail_TB = torch.cat(heads)[:, 1:], torch.cat(tails)[:, :-1]
+        seam_bpc = (head_TB - tail_TB).sum().item() / pieces.size
+    return Score(bits, pieces.characters, pieces.streams, pieces.warmup, seam_bpc)
 
 
 def score_dynamic(
@@ -153,54 +171,58 @@ def score_dynamic(
 ) -> Score:
     """Scores a text while learning from it: each segment is scored first, then learned.
 
-    Krause et al. 2018, Dynamic Evaluation of Neural Sequence Models, their RMS rule with a global step: gradients are
-    divided by the root of the mean squared gradient of training (an optimizer's second moments, if given; else plain
-    gradient descent), and weights are pulled back to where they started. The model given is left as it was.
+    Krause et al. 2018, Dynamic Evaluation of Neural Sequence Models, their rule with RMS and a global prior: a gradient
+    is divided by its root mean square in training (of the optimizer's second moments), and a weight is pulled back to
+    where it started, the more so the larger that is. Without second moments: plain gradient descent and an even pull.
+    The model given is left as it was.
 
     Args:
-        learning_rate: step size. decay: pull to the starting weights an update, 0 to 1.
+        text: at least one byte.
+        learning_rate: a step in multiples of the RMS. decay: pull to the starting weights an update, 0 to 1.
         second_moments: parameter name -> mean squared gradient.
         streams, warmup: as in `score`; all streams learn together into one set of weights.
+        steps: bytes of a stream learned at a time, which is part of the result.
     """
     model = copy.deepcopy(model).eval()
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
     anchors = {name: p.detach().clone() for name, p in parameters.items()}
-    scale = _step_scales(parameters, second_moments)
+    inverse_rms, pull = _rms_rule(parameters, second_moments, decay)
     pieces = _Pieces(text, streams, warmup, 0, 1, device)
     state: State | None = None
     bits = 0.0
-    for start in range(-pieces.warmup, pieces.length, steps):
-        stop = min(start + steps, pieces.length if start >= 0 else 0)
+    for start, stop in _spans({-pieces.warmup, 0, pieces.length}, steps):
         inputs_TB, targets_TB, inside_TB = pieces.read(start, stop)
-        if start == 0 and state is not None:
-            for part in state if isinstance(state, tuple) else (state,):
-                part[:, 0] = 0
-        logits_TBV, state = model(inputs_TB, state)
+        if start == 0:
+            state = pieces.begin(state)
+        with torch.set_grad_enabled(start >= 0):
+            logits_TBV, state = model(inputs_TB, state)
         state = detach(state)
-        losses_TB = torch.where(inside_TB, bits_TB(logits_TBV, targets_TB), 0.0)
-        if start < 0:
-            continue
-        total = losses_TB.sum()
-        bits += total.item()
-        gradients = torch.autograd.grad(total / inside_TB.sum().clamp(min=1), list(parameters.values()))
-        with torch.no_grad():
-            for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
-                p.addcmul_(gradient, scale[name], value=-learning_rate)
-                p.lerp_(anchors[name], decay)
+        if start >= 0:
+            total = torch.where(inside_TB, bits_TB(logits_TBV, targets_TB), 0.0).sum()
+            bits += total.item()
+            gradients = torch.autograd.grad(total / inside_TB.sum().clamp(min=1), list(parameters.values()))
+            with torch.no_grad():
+                for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
+                    p.addcmul_(gradient, inverse_rms[name], value=-learning_rate)
+                    p.lerp_(anchors[name], pull[name])
         if progress is not None:
-            progress(stop / pieces.length)
+            progress((stop + pieces.warmup) / (pieces.length + pieces.warmup))
     return Score(bits, pieces.size, pieces.streams, pieces.warmup)
 
 
-def _step_scales(parameters: dict[str, torch.nn.Parameter], moments: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """What each gradient is multiplied by, of mean 1 over all weights; ones without second moments."""
+def _rms_rule(
+    parameters: dict[str, torch.nn.Parameter], moments: dict[str, Tensor] | None, decay: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By parameter name: what its gradient is multiplied by, and the part of the way back that it goes an update."""
     if moments is None:
-        return {name: torch.ones_like(p) for name, p in parameters.items()}
-    inverse = {name: 1 / (moments[name].to(p.device).sqrt() + 1e-8) for name, p in parameters.items()}
-    # a weight whose gradient was always tiny (a byte that never occurs) must not take a giant step
-    typical = torch.cat([t.flatten() for t in inverse.values()]).median()
-    return {name: (t / typical).clamp(max=10.0) for name, t in inverse.items()}
+        ones = {name: torch.ones_like(p) for name, p in parameters.items()}
+        return ones, {name: decay * one for name, one in ones.items()}
+    rms = {name: moments[name].to(p.device).sqrt() for name, p in parameters.items()}
+    mean = sum(r.sum().item() for r in rms.values()) / sum(r.numel() for r in rms.values())
+    # a weight whose gradient was always tiny (of a byte that never occurred) must not take a giant step
+    inverse = {name: 1 / (r + _SMALLEST_RMS * mean) for name, r in rms.items()}
+    return inverse, {name: (decay * r / mean).clamp(max=1.0) for name, r in rms.items()}
 
 
 def detach(state: State) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -18,7 +19,7 @@ class TrainingProgress:
     def __init__(self, total: int, done: int, *, enabled: bool):
         self.total, self.enabled = total, enabled
         self._begin, self._first = time.monotonic(), done
-        self._last_line = 0.0
+        self._last_line = -math.inf
         console = Console(stderr=True)
         self._bar: Progress | None = None
         if enabled and console.is_terminal:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +14,16 @@ from gfrnn.cli import parse, run
 from gfrnn.config import UserError
 
 if TYPE_CHECKING:
-    from gfrnn.nn import LanguageModel
+    from gfrnn.nn import LanguageModel, State
+
+_PROMPT_BYTES_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
 class SampleSettings:
     """Continue a prompt with a trained model."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder (its best checkpoint) or a checkpoint folder."""
     prompt: str = ""
     """Text to continue; empty starts a text."""
@@ -32,13 +36,19 @@ class SampleSettings:
     seed: int = 0
     """The same seed gives the same text."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
+    """cpu, cuda, cuda:N, or auto: cuda where there is one."""
 
 
 def generate(
     model: LanguageModel, prompt: bytes, length: int, *, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
 ) -> bytes:
-    """`length` bytes that continue the prompt, one drawn after another from the model."""
+    """`length` bytes that continue the prompt, one drawn after another; puts the model in eval mode.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely byte, the first of equals.
+        top_p: draw only from the most likely bytes that together have this probability, 0 < top_p <= 1.
+        seed: the same one gives the same bytes; 0 to 2^63 - 1.
+    """
     import torch
 
     device = next(model.parameters()).device
@@ -46,21 +56,25 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     written = bytearray()
-    symbols = list(b"\n" + prompt)  # every text starts as if after one newline
-    state = None
-    with torch.inference_mode():
+    state: State | None = None
+    with torch.no_grad():
+        # every text starts as if after one newline
+        symbols = torch.frombuffer(bytearray(b"\n" + prompt), dtype=torch.uint8).long()
         for _ in range(length):
-            logits_TBV, state = model(torch.tensor(symbols, device=device).unsqueeze(1), state)
+            for part in symbols.split(_PROMPT_BYTES_AT_A_TIME):
+                logits_TBV, state = model(part.to(device).unsqueeze(1), state)
             logits_V = logits_TBV[-1, 0].double().cpu()
             if temperature == 0:
-                symbol = int(logits_V.argmax())
+                symbol = logits_V.argmax()
             else:
-                probability_V, order_V = torch.softmax(logits_V / temperature, 0).sort(descending=True)
+                # the largest one is 0, so that no temperature is too small
+                probability_V = torch.softmax((logits_V - logits_V.max()) / temperature, 0)
+                probability_V, order_V = probability_V.sort(descending=True, stable=True)
                 # keep the first whose predecessors' sum is still below top_p: at least one
                 probability_V[probability_V.cumsum(0) - probability_V >= top_p] = 0
-                symbol = int(order_V[torch.multinomial(probability_V, 1, generator=generator)])
-            written.append(symbol)
-            symbols = [symbol]
+                symbol = order_V[torch.multinomial(probability_V, 1, generator=generator)]
+            symbols = symbol.view(1)
+            written.append(int(symbol))
     return bytes(written)
 
 
@@ -70,10 +84,13 @@ def device_of(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} is unknown: give cpu, cuda, cuda:N or auto")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not on this machine ({reason}): give cpu or auto") from error
     return name
 
 
@@ -86,16 +103,19 @@ def _main() -> None:
     settings = parse(SampleSettings, sys.argv[1:])
     if settings.length < 0:
         raise UserError(f"--length is {settings.length}; it must not be negative")
-    if settings.temperature < 0:
+    if not settings.temperature >= 0:  # nor nan
         raise UserError(f"--temperature is {settings.temperature}; it must not be negative")
     if not 0 < settings.top_p <= 1:
         raise UserError(f"--top-p is {settings.top_p}; it must be above 0 and at most 1")
+    if not 0 <= settings.seed < 2**63:
+        raise UserError(f"--seed is {settings.seed}; it must be from 0 to 2^63 - 1")
     from gfrnn.runs import find_checkpoint, load_model
 
     find_checkpoint(settings.run)  # a wrong path answers before torch is loaded
+    device = device_of(settings.device)
     model, _, _ = load_model(settings.run)
-    model.to(device_of(settings.device))
-    prompt = settings.prompt.encode("utf-8", "surrogateescape")  # bytes of the command line as they came
+    model.to(device)
+    prompt = os.fsencode(settings.prompt)  # the bytes of the command line, whatever they are
     text = generate(
         model, prompt, settings.length, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed
     )

@@ -27,14 +27,17 @@ class ExplosionGuard:
     factor: float
     """0: never."""
     scale: float = 1.0
+    """What the schedule's rate is multiplied by."""
     mean: float = 0.0
-    """Running mean (decay 0.99) of the norms so far; 0: none yet."""
+    """Running mean (decay 0.95) of the norms so far; 0: none yet."""
 
     def see(self, norm: float) -> bool:
         """Takes in an update's gradient norm before clipping; whether the rate was halved."""
-        exploded = 0 < self.factor * self.mean < norm
+        bar = self.factor * self.mean
+        exploded = 0 < bar < norm
         if exploded:
             self.scale /= 2
-        else:  # an exploded norm would raise the bar for the next
-            self.mean = norm if self.mean == 0 else 0.99 * self.mean + 0.01 * norm
+            # one spike must not raise the bar much; but norms that have come to stay must not halve the rate for ever
+            norm = bar
+        self.mean = norm if self.mean == 0 else 0.95 * self.mean + 0.05 * norm
         return exploded

@@ -1,0 +1,202 @@
+"""The command line, and the statuses that programs end with (in real processes)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import IO
+
+import pytest
+
+from gfrnn import cli
+from gfrnn.config import Settings, UserError, preset
+from launch import environment
+
+
+def parse(*flags: str) -> Settings:
+    return cli.parse(Settings, flags, default=preset("demo"))
+
+
+def refusal(*flags: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not set(message) & set("│╭╰─")
+    assert message.endswith("--help lists all flags")
+    return message
+
+
+# ------------------------------------------------------------------------------------------------- parse
+
+
+def test_flags_are_flat_and_override_the_preset() -> None:
+    settings = parse("--rows", "7", "--unit=gru", "--no-mlflow", "--corpus-file", "x.txt", "--seed", "3")
+    assert (settings.batch.rows, settings.model.unit, settings.run.mlflow, settings.seed) == (7, "gru", False, 3)
+    assert str(settings.data.corpus_file) == "x.txt"
+    assert settings.model.hidden_size == preset("demo").model.hidden_size
+    assert parse() == preset("demo")
+
+
+def test_the_launchers_own_flag_is_ignored() -> None:
+    assert parse("--local_rank=3", "--rows", "7") == parse("--rows", "7")
+
+
+def test_bad_value() -> None:
+    assert refusal("--rows", "many").startswith("Error parsing --rows: ")
+    assert "'many'" in refusal("--rows", "many")
+
+
+def test_unknown_flag_is_answered_with_the_nearest() -> None:
+    assert refusal("--rowz", "3").startswith("Unrecognized options: --rowz, 3; did you mean --rows? ")
+    assert "did you mean --hidden-size" in refusal("--hiden-size=3")
+    assert "did you mean" not in refusal("stray")
+
+
+def test_bad_choice_lists_the_good_ones() -> None:
+    message = refusal("--unit", "transformer")
+    assert "'transformer'" in message
+    assert "--unit" in message
+    for choice in ("lstm", "gru", "tanh", "mrnn"):
+        assert choice in message
+
+
+def test_missing_value() -> None:
+    assert "Missing value for argument '--rows'" in refusal("--rows")
+    assert "Missing value for argument '--rows'" in refusal("--rows", "--steps", "5")
+
+
+@pytest.mark.parametrize("extra", [{"COLUMNS": "30"}, {"PYTHONIOENCODING": "ascii"}, {"FORCE_COLOR": "1"}])
+def test_errors_are_one_line_on_any_terminal(extra: dict[str, str]) -> None:
+    code = f"cli.run(lambda: cli.parse({Settings.__name__}, ['--rowz', '3']))"
+    status, _, err = program(code, **extra)
+    assert (status, err) == (2, "error: Unrecognized options: --rowz, 3; did you mean --rows? --help lists all flags\n")
+
+
+# --------------------------------------------------------------------------------------------------- run
+
+HEAD = """
+import sys, time, os
+from gfrnn import cli
+from gfrnn.config import RunFailed, Settings, UserError
+from gfrnn.training.evaluate import EvaluateSettings
+"""
+
+
+def start(code: str, *, stdout: int | IO[str] = subprocess.PIPE, **extra: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HEAD + code]
+    # buffered, as it is for a user: a full disk or a reader who has gone is found only when the program ends
+    env = environment(**{"PYTHONUNBUFFERED": "", **extra})
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def program(code: str, **kwargs: str) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of a program."""
+    process = start(code, stdout=subprocess.PIPE, **kwargs)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def raising(error: str, before: str = "print('so far')") -> str:
+    return f"def main():\n    {before}\n    raise {error}\ncli.run(main)\n"
+
+
+def test_finished() -> None:
+    assert program("cli.run(lambda: print('done'))") == (0, "done\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        ("UserError('--rows is 0; mend it')", 2, "error: --rows is 0; mend it"),
+        ("RunFailed('loss is not finite')", 3, "failed: loss is not finite"),
+        ("cli.Stopped('SIGTERM at update 3')", 75, "stopped: SIGTERM at update 3"),
+        ("KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_ends_with_one_line_and_its_status(error: str, status: int, line: str) -> None:
+    assert program(raising(error)) == (status, "so far\n", line + "\n")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    for error in ("KeyError('oops')", "FileNotFoundError(2, 'oops')"):
+        status, out, err = program(raising(error))
+        assert (status, out) == (1, "so far\n")
+        assert "Traceback (most recent call last)" in err
+        assert "oops" in err
+
+
+def test_an_error_ends_the_process_though_a_thread_goes_on() -> None:
+    forever = "import threading; threading.Thread(target=time.sleep, args=(1000,)).start()"
+    assert program(raising("UserError('mend it')", before=forever))[0] == 2
+
+
+@pytest.mark.parametrize(
+    "code", ["cli.run(lambda: print('x'))", "cli.run(lambda: cli.parse(EvaluateSettings, ['--help']))"]
+)
+def test_full_disk_behind_stdout(code: str) -> None:
+    with open("/dev/full", "w") as full:
+        process = start(code, stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("error: output: No space left on device; free space")
+    assert err.count("\n") == 1
+
+
+def test_full_disk_keeps_an_earlier_error() -> None:
+    with open("/dev/full", "w") as full:
+        process = start(raising("RunFailed('loss is not finite')"), stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (3, "failed: loss is not finite\n")
+
+
+def test_folders_one_may_not_write_to_are_named() -> None:
+    assert program(raising("PermissionError(13, 'Permission denied', '/data/x')")) == (
+        2,
+        "so far\n",
+        "error: /data/x: Permission denied; give a path that you may read and write\n",
+    )
+    status, _, err = program("cli.run(lambda: os.mkdir('/dev/null/x'))")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("error: /dev/null/x: Not a directory; ")
+
+
+@pytest.mark.parametrize(
+    "code", ["cli.run(lambda: print('x'))", "cli.run(lambda: cli.parse(EvaluateSettings, ['--help']))"]
+)
+def test_a_reader_who_has_gone_is_no_error_worth_a_word(code: str) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = start(code, stdout=write_end)
+    os.close(write_end)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + signal.SIGPIPE, "")
+
+
+def test_one_process_speaks_for_all() -> None:
+    """The launcher ends the others soon after the first: they have nothing to add."""
+    process = start(raising("UserError('mend it')", before="print('here', flush=True)"), RANK="1", WORLD_SIZE="2")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    time.sleep(0.5)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (-signal.SIGTERM, "")
+
+
+def test_a_process_whose_error_is_its_own_says_so() -> None:
+    assert program(raising("UserError('mend it')"), RANK="1") == (2, "so far\n", "rank 1: error: mend it\n")
+
+
+def test_all_processes_that_stop_end_at_once() -> None:
+    begin = time.monotonic()
+    assert program(raising("cli.Stopped('SIGTERM')"), RANK="1") == (75, "so far\n", "")
+    assert time.monotonic() - begin < 4
+
+
+def test_say_is_for_the_first_process() -> None:
+    assert program("cli.say('hello')", RANK="0") == (0, "", "hello\n")
+    assert program("cli.say('hello')", RANK="1") == (0, "", "")

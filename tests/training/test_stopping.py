@@ -1,0 +1,100 @@
+"""The stop flag, with real signals to a real process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gfrnn.training.stopping import StopFlag
+from launch import environment
+
+PROGRAM = """
+import time
+from gfrnn.training.stopping import StopFlag
+flag = StopFlag()
+with flag.listening():
+    print("listening", flush=True)
+    while not flag.reason:
+        time.sleep(0.01)
+    print(flag.reason, flush=True)
+    time.sleep({linger})
+    print("still here", flush=True)
+print("left", flush=True)
+time.sleep(30)
+"""
+
+
+def start(linger: float = 0.0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM.format(linger=linger)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+    assert line(process) == "listening"
+    return process
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_raises_the_flag_and_ends_nothing_until_listening_is_over(number: signal.Signals) -> None:
+    process = start()
+    process.send_signal(number)
+    assert [line(process) for _ in range(3)] == [number.name, "still here", "left"]
+    process.send_signal(number)  # now it ends the process, as ever
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == -number
+    assert ("KeyboardInterrupt" in err) == (number == signal.SIGINT)
+
+
+def test_later_signals_change_nothing() -> None:
+    process = start(linger=0.5)
+    process.send_signal(signal.SIGUSR1)
+    assert line(process) == "SIGUSR1"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR1):
+        process.send_signal(number)
+        time.sleep(0.02)
+    assert [line(process) for _ in range(2)] == ["still here", "left"]
+    process.kill()
+    process.communicate(timeout=30)
+
+
+def test_handlers_are_put_back_after_an_error() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def lose() -> None:
+        with StopFlag().listening():
+            assert all(signal.getsignal(n) != old for n, old in zip(numbers, before, strict=True))
+            raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost"):
+        lose()
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_time_limit() -> None:
+    flag = StopFlag(time_limit=0.3 / 60)
+    assert flag.reason == ""
+    time.sleep(0.35)
+    assert flag.reason == "time limit of 0.005 minutes"
+
+
+def test_no_time_limit() -> None:
+    flag = StopFlag()
+    time.sleep(0.05)
+    assert flag.reason == ""
+
+
+def test_the_first_reason_stays() -> None:
+    flag = StopFlag(time_limit=0.1 / 60)
+    with flag.listening():
+        signal.raise_signal(signal.SIGUSR1)
+        time.sleep(0.15)
+        assert flag.reason == "SIGUSR1"
