@@ -15,10 +15,9 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 # A model and a text that an update takes milliseconds for.
-SMALL = (
-    "--preset demo --num-layers 2 --hidden-size 16 --rows 5 --steps 12 --eval-streams 4 --eval-warmup 20 "
-    "--valid-bytes 2000 --sample-length 20 --log-every 1 --no-mlflow"
-).split()
+_SMALL = """--preset demo --num-layers 2 --hidden-size 16 --rows 5 --steps 12 --eval-streams 64 --eval-warmup 20
+--valid-bytes 2000 --sample-length 20 --log-every 1 --no-mlflow"""
+SMALL = _SMALL.split()
 
 
 def free_port() -> int:
@@ -36,7 +35,13 @@ def environment(**extra: str) -> dict[str, str]:
 def script(name: str, *flags: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """python src/NAME.py FLAGS, to its end."""
     command = [sys.executable, str(ROOT / "src" / f"{name}.py"), *map(str, flags)]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "env": environment()}
+    options: dict[str, Any] = {
+        "capture_output": True,
+        "text": True,
+        "errors": "replace",
+        "timeout": 300,
+        "env": environment(),
+    }
     return subprocess.run(command, **{**options, **kwargs})
 
 

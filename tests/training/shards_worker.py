@@ -180,15 +180,16 @@ def save(job: Job, shards: Shards, averages: dict[str, Average]) -> None:
 
 
 def swap(engine: Any, shards: Shards, average: Average, dtype: torch.dtype) -> bool:
-    """Whether the model computes with averaged weights while they are swapped in, and as before afterwards."""
+    """Whether the engine computes with weights loaded into it, here averages, and as before with those from before."""
     x_RI, _ = batch(99)
     reference = new_model()
     with torch.no_grad():
         before = engine(x_RI.to(dtype))
-        full = average.weights()
+        weights, full = shards.weights(), average.weights()
         reference.load_state_dict(full)
-        with shards.replaced(full):
-            averaged = engine(x_RI.to(dtype))
+        shards.load_weights(full)
+        averaged = engine(x_RI.to(dtype))
+        shards.load_weights(weights)
         after = engine(x_RI.to(dtype))
         expected = reference.to(dtype)(x_RI.to(dtype))
     close = torch.allclose(averaged, expected, rtol=1e-5, atol=1e-6) and not torch.allclose(averaged, before, rtol=1e-3)

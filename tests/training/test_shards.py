@@ -108,8 +108,9 @@ def reference() -> dict[str, Any]:
         norms.append(norm.item())
         seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
     ema = dict(seen[0])
-    for weights in seen[1:]:
-        ema = {name: worker.EMA_DECAY * old + (1 - worker.EMA_DECAY) * weights[name] for name, old in ema.items()}
+    for count, weights in enumerate(seen[1:], start=2):
+        part = max(1 / count, 1 - worker.EMA_DECAY)
+        ema = {name: old + part * (weights[name] - old) for name, old in ema.items()}
     mean = {name: torch.stack([weights[name] for weights in seen]).mean(0) for name in ema}
     return {"losses": losses, "norms": norms, "final": {"weights": seen[-1], "ema": ema, "mean": mean}}
 
@@ -168,7 +169,7 @@ def test_files_are_the_same_whoever_wrote_them(results: Results) -> None:
         torch.testing.assert_close(other["moments"], first["moments"], rtol=1e-4, atol=1e-6)
 
 
-def test_averages_are_swapped_in_and_out(results: Results) -> None:
+def test_an_engine_computes_with_weights_loaded_into_it(results: Results) -> None:
     swapped = [result["restored"] for name, result in results.items() if name != "folder"]
     assert len(swapped) == 2 * 3 * 21 + 3
     assert all(swapped)

@@ -24,7 +24,7 @@ from gfrnn.training import checkpoint as gathered
 from gfrnn.training import shards as sharding
 from gfrnn.training.ds_config import stage_of
 from gfrnn.training.engine import build_optimizer, initialize
-from gfrnn.training.evaluation import score
+from gfrnn.training.evaluation import Bytes, score
 from gfrnn.training.objective import SegmentLoss, gemm_peak
 from gfrnn.training.progress import TrainingProgress
 from gfrnn.training.sample import generate
@@ -132,19 +132,22 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- the loop
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end, tests the best weights and returns the summary. Raises Stopped or RunFailed."""
+        """Trains to the end, tests the best weights and returns the summary. Raises Stopped or RunFailed.
+
+        Call it while `stop` is listening.
+        """
         run = self.settings.run
         self.peak = self._peak_flops()
         self.progress = TrainingProgress(self.total, self.position.step, enabled=self.rank == 0)
         self.clock = time.monotonic()
         self._announce()
-        with self.stop.listening(), self.progress:
+        with self.progress:
             while self.position.step < self.total:
                 done = self._update()
                 step = self.position.step
                 if step % run.log_every == 0 or step == self.total:
                     self._log(done)
-                if run.valid_every and step % run.valid_every == 0:
+                if step == self.total or (run.valid_every and step % run.valid_every == 0):
                     self._validate()
                 if done.stop or done.save or (run.checkpoint_every and step % run.checkpoint_every == 0):
                     self._save()
@@ -154,9 +157,9 @@ class Trainer:
                 if run.patience and self.position.without_best >= run.patience:
                     self.progress.say(f"no new best in {run.patience} validations: ending at update {step}")
                     break
-            if self.position.last_valid_step != self.position.step:
-                self._validate()
             self._save()
+            if self.run.named_checkpoint("best") is None:  # nothing was left to do, and nothing had been validated
+                self._validate()
         return self._finish()
 
     def _update(self) -> Done:
@@ -236,7 +239,7 @@ class Trainer:
     def _validate(self) -> None:
         """Scores the validation text with the averaged weights (else the weights); a new best is saved as such."""
         run, position = self.settings.run, self.position
-        self._load_plain(gathered.gather_weights(self.shards, self.average, on_all_ranks=True))
+        self.plain_model.load_state_dict(gathered.gather_weights(self.shards, self.average, on_all_ranks=True))
         text = self.text.valid[: run.valid_bytes or None]
         bpc = self._score(text)
         position.last_valid_step = position.step
@@ -250,7 +253,7 @@ class Trainer:
         if best:
             self._save(best=True)
 
-    def _score(self, text: Any) -> float:
+    def _score(self, text: Bytes) -> float:
         """BPC of the plain model, its streams shared out among the processes."""
         run = self.settings.run
         own = score(
@@ -265,9 +268,6 @@ class Trainer:
         dist.all_reduce(both)
         bits, characters = both.tolist()
         return float(bits / characters)
-
-    def _load_plain(self, weights: Any) -> None:
-        self.plain_model.load_state_dict(weights)
 
     def _log(self, done: Done) -> None:
         window, self.window = self.window, Window()
@@ -329,7 +329,7 @@ class Trainer:
     def _save(self, *, best: bool = False) -> None:
         """Writes a checkpoint of this step, unless it is there; collective."""
         position = self.position
-        if self.saved_step == position.step:
+        if self.saved_step == position.step and not best:
             return
         now = self._wall_clock()
         position.wall_clock_s, self.clock = now, time.monotonic()
@@ -364,8 +364,8 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Tests the best weights, samples from them and writes the summary."""
         best = self.run.named_checkpoint("best")
-        assert best is not None  # the last validation at the latest made one
-        self._load_plain(load_checkpoint(best, weights_only=True).best_weights)
+        assert best is not None  # there has been a validation, and the first is the best so far
+        self.plain_model.load_state_dict(load_checkpoint(best, weights_only=True).best_weights)
         test_bpc = self._score(self.text.test)
         sample = b""
         if self.rank == 0:

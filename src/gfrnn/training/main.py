@@ -52,13 +52,17 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
     """Trains, or says that the run in this folder is finished. Raises UserError, RunFailed, Stopped."""
     _share_cores()
     from gfrnn.data import load_text
+    from gfrnn.training.tracking import Tracker
 
     text = load_text(settings.data)
     run.check(settings, text.md5)
     finished = _finished(run, settings)
     if finished is not None:
         cli.say(f"{run.path} is finished already; give another --output-dir, or a larger --max-updates to go on")
-        _print_results(finished, settings, run)
+        if cli.rank() == 0:
+            if settings.run.mlflow:  # what a server that was down has missed
+                Tracker.start(run.path, settings.run.experiment).finish()
+            _print_results(finished, settings, run)
         return
 
     import torch.distributed as dist
@@ -73,14 +77,15 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
         run.truncate_metrics(int(latest.name.removeprefix("step-")) if latest is not None else 0)
         run.summary_path.unlink(missing_ok=True)
     dist.barrier()
-    from gfrnn.training.tracking import Tracker
-
-    tracker = Tracker.start(run.path, settings.run.experiment) if settings.run.mlflow and dist.get_rank() == 0 else None
-    try:
-        summary = Trainer(settings, ds_config, run, text, device).fit()
-    finally:
-        if tracker is not None:
-            tracker.finish()
+    tracked = settings.run.mlflow and dist.get_rank() == 0
+    tracker = Tracker.start(run.path, settings.run.experiment) if tracked else None
+    trainer = Trainer(settings, ds_config, run, text, device)
+    with trainer.stop.listening():  # until MLflow has it all: a launcher ends the rest when the first process is gone
+        try:
+            summary = trainer.fit()
+        finally:
+            if tracker is not None:
+                tracker.finish(timeout=20)
     if dist.get_rank() == 0:
         _print_results(summary, settings, run)
     dist.destroy_process_group()
@@ -109,7 +114,8 @@ def _print_results(summary: dict[str, Any], settings: Settings, run: RunFolder) 
 
     print(f"test {summary['test_bpc']:.4f} BPC, validation {summary['valid_bpc']:.4f} at update {summary['best_step']}")
     print(f"a sample ({settings.run.sample_length} bytes, temperature 0.8):")
-    print("    " + summary["sample"].strip("\n").replace("\n", "\n    "))
+    sample = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in summary["sample"])
+    print("    " + sample.strip("\n").replace("\n", "\n    "))
     print(f"run folder: {run.path}")
     if settings.run.mlflow:
         print(f"its curves: {ui_command(run.path)}")

@@ -18,7 +18,6 @@ averages) travels the same way.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,16 +68,6 @@ class Shards:
         for name, parameter in self.parameters.items():
             if not hasattr(parameter, "ds_status") or parameter.ds_status.name == "AVAILABLE":
                 parameter.data.copy_(full[name])
-
-    @contextmanager
-    def replaced(self, full: Mapping[str, Tensor]) -> Iterator[None]:
-        """Weights for a while (averages, for validation); afterwards the ones from before, bit for bit."""
-        before = self.weights()
-        self.load_weights(full)
-        try:
-            yield
-        finally:
-            self.load_weights(before)
 
     # ---------------------------------------------------------------------------------------- optimizer state
 
@@ -165,7 +154,8 @@ class Shards:
 class Average:
     """A running average of the weights in fp32, kept in shards as the weights are: a rank averages what it updates.
 
-    `decay` between 0 and 1: exponential, ``a += (1 - decay) (w - a)``, starting from the first weights it sees.
+    `decay` between 0 and 1: exponential, ``a += (1 - decay) (w - a)``; of fewer than 1 / (1 - decay) weights it is
+    their mean, so that the first ones do not outlast their worth.
     `decay` None: arithmetic mean of all weights it has seen.
     """
 
@@ -178,7 +168,7 @@ class Average:
     def update(self) -> None:
         """Take in the current weights; call it after an optimizer step."""
         self.count += 1
-        weight = 1 / self.count if self.decay is None or self.count == 1 else 1 - self.decay
+        weight = max(1 / self.count, 1 - self.decay if self.decay is not None else 0.0)
         torch._foreach_lerp_(self.tensors, [flat.data for flat in self.shards.flats], weight)
 
     def weights(self, *, on_all_ranks: bool = True) -> dict[str, Tensor]:

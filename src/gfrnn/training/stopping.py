@@ -1,4 +1,4 @@
-"""The stop flag: Ctrl-C, SIGTERM, SIGUSR1 (SLURM's warning) and a time limit raise it; the loop looks at it.
+"""The stop flag: Ctrl-C, SIGTERM, SIGUSR1 (SLURM's warning), a time limit and a dead launcher raise it; the loop looks.
 
 A signal reaches some processes and not others, and at different moments; so a raised flag is only a wish until the
 processes have agreed on it, which they do in the small all-reduce that each update makes anyway.
@@ -6,10 +6,16 @@ processes have agreed on it, which they do in the small all-reduce that each upd
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import psutil
+
+_LAUNCHER = "deepspeed.launcher.launch"
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class StopFlag:
@@ -21,14 +27,20 @@ class StopFlag:
 
     def __init__(self, time_limit: float = 0.0):
         self.time_limit = time_limit
-        self._begin = time.monotonic()
+        self._begin = self._last_look = time.monotonic()
         self._reason = ""
+        self._launchers = _launchers()
 
     @property
     def reason(self) -> str:
         """Empty while nothing asks to stop."""
-        if not self._reason and self.time_limit and time.monotonic() - self._begin > 60 * self.time_limit:
+        now = time.monotonic()
+        if not self._reason and self.time_limit and now - self._begin > 60 * self.time_limit:
             self._reason = f"time limit of {self.time_limit:g} minutes"
+        if not self._reason and now - self._last_look > _SECONDS_BETWEEN_LOOKS:
+            self._last_look = now
+            if _launchers() != self._launchers:
+                self._reason = "the launcher was killed"
         return self._reason
 
     @contextmanager
@@ -45,3 +57,15 @@ class StopFlag:
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
+
+
+def _launchers() -> tuple[int, ...]:
+    """Pids of the DeepSpeed launcher's two processes above this one; () without it.
+
+    The outer one (`deepspeed`, which a user would kill) passes no signal on: its ranks live on, with a new grandparent.
+    """
+    try:
+        parent = psutil.Process(os.getppid())
+        return (parent.pid, parent.ppid()) if _LAUNCHER in parent.cmdline() else ()
+    except psutil.Error:  # gone between two looks
+        return ()

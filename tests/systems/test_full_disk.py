@@ -1,0 +1,59 @@
+"""A file system that is full, for real: a small tmpfs (needs root)."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import SMALL, start_training, train
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_disk_full_at_a_checkpoint(small_disk: Path):
+    flags = [*SMALL, "--max-updates", "200", "--hidden-size", "64", "--checkpoint-every", "20", "--keep-last", "50"]
+    status, _, err = train(small_disk / "run", flags)
+    assert status == 2, err
+    line = one_line(err)
+    assert "No space left on device" in line
+    assert "free space" in line
+    # what was saved before is whole: with room made, the same command goes on
+    latest = (small_disk / "run/checkpoints/latest").read_text()
+    assert (small_disk / "run/checkpoints" / latest / "trainer.json").exists()
+    for path in sorted((small_disk / "run/checkpoints").glob("step-*"))[:-1]:
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    status, _, err = train(small_disk / "run", [*flags[:-1], "1", "--max-updates", "40"])
+    assert status == 0, err
+    assert f"resumed at update {int(latest.removeprefix('step-'))}" in err
+
+
+def test_disk_full_with_two_processes(small_disk: Path):
+    flags = [*SMALL, "--max-updates", "200", "--hidden-size", "64", "--checkpoint-every", "20", "--keep-last", "50"]
+    process = start_training(small_disk / "run", flags, processes=2, stage="z2", launcher=True)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert "No space left on device" in one_line(err)
+
+
+def test_disk_full_where_the_corpus_is_kept(small_disk: Path, tmp_path: Path):
+    (small_disk / "filler").write_bytes(bytes(3_900_000))
+    status, _, err = train(tmp_path / "run", [*SMALL, "--data-dir", str(small_disk / "data"), "--max-updates", "5"])
+    assert status == 2, err
+    assert "No space left on device" in one_line(err)

@@ -1,0 +1,267 @@
+"""The real thing: the launcher, signals, kills and restarts, as a user meets them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch import (
+    ROOT,
+    SMALL,
+    environment,
+    free_port,
+    losses,
+    metrics,
+    script,
+    start_training,
+    summary,
+    train,
+    validations,
+)
+
+FLAGS = [*SMALL, "--max-updates", "400", "--valid-every", "150", "--checkpoint-every", "100", "--dropout", "0.2"]
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes under a launcher, by rank."""
+    found = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
+    return sorted(
+        (p for p in found if "launcher.launch" not in " ".join(p.cmdline())), key=lambda p: p.environ()["RANK"]
+    )
+
+
+def wait_for_update(output_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has logged that update."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if (output_dir / "metrics.jsonl").exists() and len(losses_so_far(output_dir)) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"update {step} was not reached")
+
+
+def losses_so_far(output_dir: Path) -> list[str]:
+    return [line for line in (output_dir / "metrics.jsonl").read_text().splitlines() if "train_bpc" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of two launched processes that nothing interrupts."""
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    status, out, err = train(output_dir, FLAGS, processes=2, stage="z2", launcher=True)
+    assert status == 0, err
+    assert "test " in out
+    return output_dir
+
+
+def test_launched_run_leaves_a_complete_folder(whole):
+    found = summary(whole)
+    assert found["finished"] is True
+    assert found["step"] == 400
+    assert found["world_size"] == 2
+    assert found["zero_stage"] == 2
+    assert sorted(losses(whole)) == list(range(1, 401))
+    assert sorted(validations(whole)) == [150, 300, 400]
+    assert found["valid_bpc"] == min(validations(whole).values())
+    assert found["test_bpc"] < 8
+    assert len(found["sample"]) > 0
+    assert (whole / "checkpoints" / "latest").read_text() == "step-00000400"
+
+
+def test_data_and_logging_cost_little(whole):
+    """The share of an update's time spent on fetching its batch."""
+    shares = sorted(line["data_share"] for line in metrics(whole) if "data_share" in line)
+    assert shares[len(shares) // 2] < 0.02
+
+
+def test_one_process_gives_the_same_losses(whole, tmp_path):
+    status, _, err = train(tmp_path / "run", FLAGS)
+    assert status == 0, err
+    alone, together = losses(tmp_path / "run"), losses(whole)
+    assert max(abs(alone[step] - together[step]) / together[step] for step in range(1, 101)) < 1e-5
+
+
+def test_finished_run_is_not_trained_again(whole):
+    before = (whole / "metrics.jsonl").read_text()
+    status, out, err = train(whole, FLAGS)
+    assert status == 0
+    assert "finished already" in err
+    assert f"{summary(whole)['test_bpc']:.4f}" in out
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_kill_of_one_process_ends_the_other_and_resume_is_bit_identical(whole, tmp_path):
+    output_dir = tmp_path / "run"
+    process = start_training(output_dir, FLAGS, processes=2, stage="z2", launcher=True)
+    wait_for_update(output_dir, 230, process)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    killed = time.monotonic()
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    psutil.wait_procs(ranks, timeout=30)
+    assert not any(rank.is_running() for rank in ranks)
+    assert time.monotonic() - killed < 45
+    assert process.returncode != 0
+    assert (output_dir / "checkpoints" / "latest").read_text() in ("step-00000200", "step-00000300")
+    assert not (output_dir / "summary.json").exists()
+
+    status, _, err = train(output_dir, FLAGS, processes=2, stage="z2", launcher=True)
+    assert status == 0, err
+    assert "resumed at update" in err
+    assert losses(output_dir) == losses(whole)
+    assert validations(output_dir) == validations(whole)
+    assert summary(output_dir)["test_bpc"] == summary(whole)["test_bpc"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_checkpoints_and_ends_with_75(whole, tmp_path, number):
+    output_dir = tmp_path / "run"
+    process = start_training(output_dir, FLAGS)
+    wait_for_update(output_dir, 20, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1].startswith(f"stopped: {signal.Signals(number).name} at update")
+    stopped = summary(output_dir)
+    assert stopped["finished"] is False
+    assert stopped["status"] == "stopped"
+    assert (output_dir / "checkpoints" / "latest").read_text() == f"step-{stopped['step']:08d}"
+    if number == signal.SIGTERM:  # and goes on as if nothing had happened
+        status, _, err = train(output_dir, FLAGS)
+        assert status == 0, err
+        resumed, together = losses(output_dir), losses(whole)
+        assert sorted(resumed) == list(range(1, 401))
+        assert max(abs(resumed[step] - together[step]) / together[step] for step in range(1, 101)) < 1e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_the_launcher_checkpoints(tmp_path, number):
+    """Ctrl-C reaches the whole group; both ranks save the same update."""
+    output_dir = tmp_path / "run"
+    process = start_training(output_dir, FLAGS, processes=2, stage="z1", launcher=True)
+    wait_for_update(output_dir, 20, process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    deadline = time.monotonic() + 30  # the launcher may be gone before its ranks
+    while not (output_dir / "summary.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    stopped = summary(output_dir)
+    assert stopped["status"] == "stopped"
+    assert (output_dir / "checkpoints" / "latest").read_text() == f"step-{stopped['step']:08d}"
+
+
+def test_time_limit(tmp_path):
+    status, _, err = train(tmp_path / "run", [*SMALL, "--max-updates", "100000", "--time-limit", "0.1"])
+    assert status == 75, err
+    assert "time limit of 0.1 minutes" in err.splitlines()[-1]
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    flags = [*SMALL, "--max-updates", "300", "--learning-rate", "1e38", "--warmup-updates", "0", "--clip", "0"]
+    status, _, err = train(tmp_path / "run", [*flags, "--checkpoint-every", "1", "--optimizer", "rmsprop"])
+    assert status == 3, err
+    last = err.splitlines()[-1]
+    assert last.startswith("failed: ")
+    assert "not finite at update" in last
+    assert "gradient norms before it" in last
+    assert summary(tmp_path / "run")["status"] == "failed"
+
+
+def test_bf16_learns(tmp_path):
+    flags = [*SMALL, "--max-updates", "150", "--average", "none"]
+    assert train(tmp_path / "wide", flags)[0] == 0
+    assert train(tmp_path / "narrow", [*flags, "--dtype", "bf16"])[0] == 0
+    wide, narrow = losses(tmp_path / "wide"), losses(tmp_path / "narrow")
+    assert narrow[150] < 0.8 * narrow[1]
+    assert wide[150] != narrow[150]
+    assert abs(wide[150] - narrow[150]) < 0.02 * wide[150]
+
+
+KINDS = {
+    "gru": "--unit gru --forget-bias 0 --optimizer rmsprop --eps 1e-4 --average arithmetic --average-from 20",
+    "tanh": "--unit tanh --forget-bias 0 --feedback none --optimizer adamw --weight-decay 0.01",
+    "mrnn": "--unit mrnn --forget-bias 0 --num-layers 1 --feedback none --no-input-skips --average none",
+    "options": "--embedding-size 8 --layer-norm --residual --weight-dropout 0.1 --unit-gates own",
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_every_kind_trains_and_resumes(tmp_path, options):
+    flags = [*SMALL, *options.split(), "--learning-rate", "3e-3", "--warmup-updates", "5", "--checkpoint-every", "30"]
+    output_dir = tmp_path / "run"
+    status, _, err = train(output_dir, [*flags, "--max-updates", "60", "--schedule", "constant"])
+    assert status == 0, err
+    first = losses(output_dir)
+    assert min(first.values()) < 0.9 * first[1]
+    # once more from the middle: as if it had been killed after update 30
+    again = tmp_path / "again"
+    shutil.copytree(output_dir, again)
+    (again / "checkpoints" / "latest").write_text("step-00000030")
+    (again / "summary.json").unlink()
+    status, _, err = train(again, [*flags, "--max-updates", "60", "--schedule", "constant"])
+    assert status == 0, err
+    assert losses(again) == first
+
+
+def test_early_stopping(tmp_path):
+    flags = [*SMALL, "--max-updates", "400", "--valid-every", "10", "--patience", "2", "--learning-rate", "1e-9"]
+    status, _, err = train(tmp_path / "run", [*flags, "--final-learning-rate", "0", "--average", "none"])
+    assert status == 0, err
+    found = summary(tmp_path / "run")
+    assert "no new best in 2 validations" in err
+    assert found["step"] < 400
+    assert found["step"] == max(validations(tmp_path / "run"))
+
+
+def test_evaluate_and_sample_agree_with_the_run(whole):
+    done = script("evaluate", whole, "--streams", "64", "--warmup", "20", "--json", whole / "scores.json")
+    assert done.returncode == 0, done.stderr
+    import json
+
+    scores = json.loads((whole / "scores.json").read_text())
+    assert scores["test_bpc"] == pytest.approx(summary(whole)["test_bpc"], abs=1e-4)
+    assert scores["characters"] == 100_000
+    first = script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
+    again = script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("The ")
+    assert first.stdout == again.stdout
+    dynamic = script("evaluate", whole, "--text-file", ROOT / "LICENSE", "--dynamic", "--streams", "1")
+    static = script("evaluate", whole, "--text-file", ROOT / "LICENSE", "--streams", "1")
+    assert dynamic.returncode == static.returncode == 0, dynamic.stderr
+    assert "dynamic" in dynamic.stdout
+
+
+def test_two_processes_without_the_launcher(tmp_path):
+    """As SLURM starts them, one task a process: RANK and its like in the environment."""
+    port = str(free_port())
+    started = []
+    for rank in range(2):
+        env = environment(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        command = [str(ROOT / "src/train.py"), *SMALL, "--max-updates", "5", "--output-dir", str(tmp_path / "run")]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert "test " in outputs[0][0]
+    assert outputs[1][0] == ""  # one process speaks
+    assert "update" not in outputs[1][1]
