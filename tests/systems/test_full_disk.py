@@ -12,10 +12,10 @@ from launch import SMALL, start_training, train
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder with room for 4 MB."""
+    """A folder with room for 10 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -53,7 +53,7 @@ def test_disk_full_with_two_processes(small_disk: Path):
 
 
 def test_disk_full_where_the_corpus_is_kept(small_disk: Path, tmp_path: Path):
-    (small_disk / "filler").write_bytes(bytes(3_900_000))
+    (small_disk / "filler").write_bytes(bytes(10_000_000))
     status, _, err = train(tmp_path / "run", [*SMALL, "--data-dir", str(small_disk / "data"), "--max-updates", "5"])
     assert status == 2, err
     assert "No space left on device" in one_line(err)

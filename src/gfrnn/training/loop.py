@@ -346,9 +346,16 @@ class Trainer:
             state=gathered.gather_state(self.states, self.streams),
             trainer={"position": dataclasses.asdict(position), "settings": self.settings.to_json()},
         )
+        failure = None
         if self.rank == 0:
-            self.run.save(checkpoint, position.step, best=best, keep_last=self.settings.run.keep_last)
-        dist.barrier()
+            try:
+                self.run.save(checkpoint, position.step, best=best, keep_last=self.settings.run.keep_last)
+            except OSError as error:  # a full disk, say: the others must hear of it, not of a lost connection
+                failure = error
+        failures = torch.tensor(float(failure is not None), device=self.device)
+        dist.all_reduce(failures)
+        if failures:
+            raise failure or RunFailed("the first process could not write the checkpoint")
         self.saved_step, self.last_save = position.step, time.monotonic()
 
     def _restore(self, saved: Checkpoint) -> None:
