@@ -416,19 +416,19 @@ def presets() -> dict[str, Settings]:
     table["demo"] = Settings(
         preset="demo",
         output_dir=Path("runs/demo"),
-        model=ModelSettings(num_layers=3, hidden_size=128, output_skips=True, forget_bias=1.0),
+        model=ModelSettings(num_layers=3, hidden_size=128, output_skips=True, layer_norm=True, forget_bias=1.0),
         data=DataSettings(corpus="enwik8-1m"),
         batch=BatchSettings(rows=32, steps=50),
         optimization=OptimizerSettings(
-            learning_rate=4e-3,
+            learning_rate=8e-3,
             clip=1.0,
             schedule="cosine",
-            warmup_updates=50,
+            warmup_updates=20,
             final_learning_rate=1e-4,
             average="ema",
-            average_decay=0.99,
+            average_decay=0.98,
         ),
-        run=RunSettings(max_updates=1200, valid_every=300, checkpoint_every=300, eval_streams=32, eval_warmup=200),
+        run=RunSettings(max_updates=700, valid_every=175, checkpoint_every=175, eval_streams=32, eval_warmup=200),
     )
     return table
 

@@ -25,7 +25,7 @@ def test_below_the_bigram_entropy_of_held_out_text(tmp_path):
     flags = ["--preset", "demo", "--hidden-size", "64", "--rows", "32", "--steps", "32", "--no-mlflow"]
     status, _, err = train(
         tmp_path / "run",
-        [*flags, "--learning-rate", "6e-3", "--max-updates", "700", "--valid-every", "0", "--eval-streams", "16"],
+        [*flags, "--learning-rate", "6e-3", "--max-updates", "300", "--valid-every", "0", "--eval-streams", "16"],
         processes=2,
         stage="z2",
         launcher=True,

@@ -73,7 +73,8 @@ class Window:
     bits: float = 0.0
     updates: int = 0
     seconds: float = 0.0
-    data_seconds: float = 0.0
+    overhead_seconds: float = 0.0
+    """Of those, spent on fetching batches and on writing the line before this window."""
 
 
 class Trainer:
@@ -179,7 +180,7 @@ class Trainer:
         for micro in range(batch.accumulation):
             reading = time.perf_counter()
             inputs_TB, targets_TB = self.streams.batch(segment, micro)
-            self.window.data_seconds += time.perf_counter() - reading
+            self.window.overhead_seconds += time.perf_counter() - reading
             noise = Noise(self.settings.seed, step, self.streams.micro_rows(micro))
             loss, micro_bits, self.states[micro] = self.engine(
                 inputs_TB, targets_TB, self.streams.weights(micro), self.states[micro], noise, divisor
@@ -270,7 +271,7 @@ class Trainer:
         return float(bits / characters)
 
     def _log(self, done: Done) -> None:
-        window, self.window = self.window, Window()
+        begin, window = time.perf_counter(), self.window
         speed = window.updates * self.streams.count_per_update / window.seconds
         mfu = speed * sizes(self.settings.model).train_flops / self.peak
         bpc = window.bits / window.updates
@@ -284,11 +285,13 @@ class Trainer:
                 "characters": self.position.step * self.streams.count_per_update,
                 "characters_per_second": speed,
                 "mfu": mfu,
-                "data_share": window.data_seconds / window.seconds,
+                "overhead_share": window.overhead_seconds / window.seconds,
                 "wall_clock_s": self._wall_clock(),
             }
         )
         self.progress.show(self.position.step, bpc, speed, mfu)
+        spent = time.perf_counter() - begin
+        self.window = Window(seconds=spent, overhead_seconds=spent)
 
     def _write_line(self, values: dict[str, Any]) -> None:
         if self.rank == 0:
