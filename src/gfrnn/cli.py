@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
-from gfrnn.config import EXIT_FAILED, EXIT_STOPPED, EXIT_USER, RunFailed, UserError
+from gfrnn.config import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, RunFailed, UserError
 
 T = TypeVar("T")
 
@@ -73,7 +73,11 @@ def _one_line(box: str) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program and ends it with the status that its end means."""
+    """Runs a program and ends it with the status that its end means.
+
+    Every end is an immediate exit, a good one too: tearing down an interpreter with a process group's threads in it
+    now and then aborts (seen with gloo: "terminate called without an active exception", status -6).
+    """
     try:
         try:
             main()
@@ -95,6 +99,8 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in _MENDS:
             raise
         _end(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}; {_MENDS[error.errno]}", EXIT_USER)
+    sys.stderr.flush()
+    os._exit(EXIT_FINISHED)
 
 
 def rank() -> int:

@@ -88,7 +88,7 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
                 tracker.finish(timeout=20)
     if dist.get_rank() == 0:
         _print_results(summary, settings, run)
-    dist.destroy_process_group()
+    dist.barrier()  # a process that leaves early breaks the connections of the rest
 
 
 def _finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:
