@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -220,6 +221,27 @@ def test_every_kind_trains_and_resumes(tmp_path, options):
     assert losses(again) == first
 
 
+CUSTOM = {
+    "offload": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "fp32"),
+    "deepspeed-bf16-1": ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "fp32"),
+    "deepspeed-bf16-3": ({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, "bf16"),
+    "wire-bf16": ({"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}, "fp32"),
+    "bf16-z3": ({"zero_optimization": {"stage": 3}}, "bf16"),
+    "auto": ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "train_batch_size": "auto"}, "fp32"),
+}
+
+
+@pytest.mark.parametrize(("config", "dtype"), CUSTOM.values(), ids=CUSTOM)
+def test_custom_configs_train(tmp_path, config, dtype):
+    """Other strategies, on one process: they learn as the plain one does, within what bf16 loses."""
+    (tmp_path / "custom.json").write_text(json.dumps(config))
+    flags = [*SMALL, "--max-updates", "60", "--valid-every", "0", "--warmup-updates", "5", "--dtype", dtype]
+    done = script("train", *flags, "--output-dir", tmp_path / "run", "--deepspeed", tmp_path / "custom.json")
+    assert done.returncode == 0, done.stderr
+    found = losses(tmp_path / "run")
+    assert found[60] < 0.75 * found[1]
+
+
 def test_early_stopping(tmp_path):
     flags = [*SMALL, "--max-updates", "400", "--valid-every", "10", "--patience", "2", "--learning-rate", "1e-9"]
     status, _, err = train(tmp_path / "run", [*flags, "--final-learning-rate", "0", "--average", "none"])
@@ -233,8 +255,6 @@ def test_early_stopping(tmp_path):
 def test_evaluate_and_sample_agree_with_the_run(whole):
     done = script("evaluate", whole, "--streams", "64", "--warmup", "20", "--json", whole / "scores.json")
     assert done.returncode == 0, done.stderr
-    import json
-
     scores = json.loads((whole / "scores.json").read_text())
     assert scores["test_bpc"] == pytest.approx(summary(whole)["test_bpc"], abs=1e-4)
     assert scores["characters"] == 100_000
