@@ -40,6 +40,8 @@ from gfrnn.config import DataSettings, UserError
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
+NEWLINE = 10
+"""Every text is read as if one newline came before it."""
 
 
 @dataclass(frozen=True)

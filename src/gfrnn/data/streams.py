@@ -13,14 +13,13 @@ Shapes: T steps, B rows a micro-batch (with padding), A micro-batches, P rows of
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gfrnn.config import UserError
+from gfrnn.data.corpus import NEWLINE, Bytes
 
-NEWLINE = 10
 PADDING = -1
 """The global row id of rows that do not exist; their symbols are 0 and their weight is 0."""
 
@@ -38,7 +37,7 @@ class Streams:
 
     def __init__(
         self,
-        text: npt.NDArray[np.uint8],
+        text: Bytes,
         rows: int,
         steps: int,
         *,

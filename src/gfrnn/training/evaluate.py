@@ -17,7 +17,8 @@ from gfrnn.cli import parse, run
 from gfrnn.config import Settings, UserError
 
 if TYPE_CHECKING:
-    from gfrnn.training.evaluation import Bytes, Score
+    from gfrnn.data import Bytes
+    from gfrnn.training.evaluation import Score
 
 _SEAM_BYTES = 1000  # that a stream reads on into the next piece, to measure what starting it in mid-text adds
 

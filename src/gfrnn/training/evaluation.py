@@ -19,16 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
+from gfrnn.data import NEWLINE, Bytes
 from gfrnn.nn import LanguageModel, State
 
-NEWLINE = 10
 _SYMBOLS_AT_A_TIME = 1 << 15  # T * B at most: 32 MiB of logits, however many streams
 _SMALLEST_RMS = 0.1  # that dynamic evaluation divides a gradient by, as a part of the mean one
-
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from gfrnn.cli import Stopped
 from gfrnn.config import RunFailed, Settings, sizes
-from gfrnn.data import Streams, Text
+from gfrnn.data import Bytes, Streams, Text
 from gfrnn.nn import Noise, State, build_language_model
 from gfrnn.nn.noise import hash_numbers
 from gfrnn.runs import Checkpoint, RunFolder, load_checkpoint, load_weights, write_json
@@ -24,7 +24,7 @@ from gfrnn.training import checkpoint as gathered
 from gfrnn.training import shards as sharding
 from gfrnn.training.ds_config import stage_of
 from gfrnn.training.engine import build_optimizer, initialize
-from gfrnn.training.evaluation import Bytes, score
+from gfrnn.training.evaluation import score
 from gfrnn.training.objective import SegmentLoss, gemm_peak
 from gfrnn.training.progress import TrainingProgress
 from gfrnn.training.sample import generate
@@ -376,6 +376,7 @@ class Trainer:
         best = self.run.named_checkpoint("best")
         assert best is not None  # there has been a validation, and the first is the best so far
         self.plain_model.load_state_dict(load_checkpoint(best, weights_only=True).best_weights)
+        self.progress.say(f"scoring {len(self.text.test):,} bytes of test text with the weights of {best.name}")
         test_bpc = self._score(self.text.test)
         sample = b""
         if self.rank == 0:

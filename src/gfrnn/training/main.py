@@ -117,6 +117,8 @@ def _print_results(summary: dict[str, Any], settings: Settings, run: RunFolder) 
     sample = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in summary["sample"])
     print("    " + sample.strip("\n").replace("\n", "\n    "))
     print(f"run folder: {run.path}")
+    if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:  # started by `make train`, say
+        print(f"first:      . {os.path.relpath(sys.prefix)}/bin/activate")
     if settings.run.mlflow:
         print(f"its curves: {ui_command(run.path)}")
     print(f"score it:   python src/evaluate.py {run.path}")

@@ -12,6 +12,7 @@ import tyro
 
 from gfrnn.cli import parse, run
 from gfrnn.config import UserError
+from gfrnn.data import NEWLINE
 
 if TYPE_CHECKING:
     from gfrnn.nn import LanguageModel, State
@@ -58,8 +59,7 @@ def generate(
     written = bytearray()
     state: State | None = None
     with torch.no_grad():
-        # every text starts as if after one newline
-        symbols = torch.frombuffer(bytearray(b"\n" + prompt), dtype=torch.uint8).long()
+        symbols = torch.tensor([NEWLINE, *prompt])
         for _ in range(length):
             for part in symbols.split(_PROMPT_BYTES_AT_A_TIME):
                 logits_TBV, state = model(part.to(device).unsqueeze(1), state)
