@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gfrnn.config import ModelSettings, UserError, preset
+from gfrnn.data import Bytes
 from gfrnn.nn import LanguageModel
 from gfrnn.runs import Checkpoint, RunFolder
 from gfrnn.training.evaluate import EvaluateSettings, _validate, evaluate
-from gfrnn.training.evaluation import Bytes, score, score_dynamic
+from gfrnn.training.evaluation import score, score_dynamic
 from launch import script
 
 torch.set_num_threads(1)  # models this small only lose by more
@@ -198,8 +199,6 @@ def test_progress_ends_at_one() -> None:
 
 
 # ------------------------------------------------------------------------------------------ dynamic evaluation
-
-STILL: dict[str, Any] = {"learning_rate": 0.0, "decay": 0.0, "second_moments": None}
 
 
 def moments_of(model: LanguageModel) -> dict[str, Tensor]:

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from gfrnn.config import ModelSettings
 from gfrnn.nn.multiplicative import MultiplicativeRNN
-from gfrnn.nn.noise import Noise
+from gfrnn.nn.noise import PLACE_OUTPUT, Noise
 from gfrnn.nn.rnn import GatedFeedbackRNN, State
-
-_PLACE_OUTPUT = 1  # of masks, see rnn.py
 
 
 class LanguageModel(nn.Module):
@@ -71,7 +69,7 @@ class LanguageModel(nn.Module):
         x = symbols_TB if self.embedding is None else self.embedding(symbols_TB)
         y_TBY, state = self.rnn(x, state, noise=noise)
         if self.training and noise is not None and p:
-            y_TBY = y_TBY * noise.row_mask(_PLACE_OUTPUT, y_TBY.shape[-1], p).to(y_TBY.dtype)
+            y_TBY = y_TBY * noise.row_mask(PLACE_OUTPUT, y_TBY.shape[-1], p).to(y_TBY.dtype)
         weight, bias = self.softmax.weight, self.softmax.bias
         return F.linear(y_TBY, weight.to(y_TBY.dtype), bias.to(y_TBY.dtype)), state
 

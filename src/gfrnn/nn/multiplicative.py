@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfrnn.nn.noise import Noise
-from gfrnn.nn.rnn import _PLACE_INPUT, _PLACE_WEIGHT
+from gfrnn.nn.noise import PLACE_INPUT, PLACE_WEIGHT, Noise
 
 
 class MultiplicativeRNN(nn.Module):
@@ -78,11 +77,11 @@ class MultiplicativeRNN(nn.Module):
         weight_mh: Tensor = self.weight_mh
         weight_hm: Tensor = self.weight_hm
         if noise is not None and self.weight_dropout:
-            weight_mh = weight_mh * noise.weight_mask(_PLACE_WEIGHT, weight_mh, self.weight_dropout)
-            weight_hm = weight_hm * noise.weight_mask(_PLACE_WEIGHT + 1, weight_hm, self.weight_dropout)
+            weight_mh = weight_mh * noise.weight_mask(PLACE_WEIGHT, weight_mh, self.weight_dropout)
+            weight_hm = weight_hm * noise.weight_mask(PLACE_WEIGHT + 1, weight_hm, self.weight_dropout)
         mask_BI = None
         if noise is not None and self.input_dropout:
-            mask_BI = noise.row_mask(_PLACE_INPUT, self.input_size, self.input_dropout).to(wide)
+            mask_BI = noise.row_mask(PLACE_INPUT, self.input_size, self.input_dropout).to(wide)
         if symbols:
             x_TB2H = F.embedding(input, weight_ih.T.contiguous())
             if mask_BI is not None:

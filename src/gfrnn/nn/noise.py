@@ -10,20 +10,19 @@ Shapes: B rows, N units of a mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+# Places of masks: one number a mask, and those of rows and of weights apart. BELOW and WEIGHT begin a range.
+PLACE_INPUT, PLACE_OUTPUT, PLACE_BELOW, PLACE_WEIGHT = 0, 1, 100, 1000
+
 _MASK = 0xFFFFFFFF
+_Bits = TypeVar("_Bits", int, torch.Tensor)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A 32-bit integer hash (the finaliser of MurmurHash3), on int64 tensors that hold 32-bit values."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
-    return x ^ (x >> 16)
-
-
-def _mix_int(x: int) -> int:
+def _mix(x: _Bits) -> _Bits:
+    """A 32-bit integer hash (the finaliser of MurmurHash3), of an int or of int64 tensors that hold 32-bit values."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
     return x ^ (x >> 16)
@@ -33,8 +32,8 @@ def hash_numbers(*numbers: int) -> int:
     """A 32-bit hash of integers, in order."""
     state = 0x9E3779B9
     for number in numbers:
-        state = _mix_int((state * 31 + (number & _MASK) + 0x7F4A7C15) & _MASK)
-        state = _mix_int((state ^ (number >> 32 & _MASK)) & _MASK)
+        state = _mix((state * 31 + (number & _MASK) + 0x7F4A7C15) & _MASK)
+        state = _mix((state ^ (number >> 32 & _MASK)) & _MASK)
     return state
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfrnn.config import Feedback, UnitGates
-from gfrnn.nn.noise import Noise
+from gfrnn.nn.noise import PLACE_BELOW, PLACE_INPUT, PLACE_WEIGHT, Noise
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.recurrence import recurrence
 from gfrnn.nn.reference import recurrence_reference
@@ -29,9 +29,6 @@ from gfrnn.nn.units import GATES
 
 State = Tensor | tuple[Tensor, Tensor]
 """h [L, B, H], for the LSTM (h, c)."""
-
-# Places of masks (noise.py): rows' masks and weights' masks are numbered apart from each other.
-_PLACE_INPUT, _PLACE_BELOW, _PLACE_WEIGHT = 0, 100, 1000
 
 # Our row order of a unit's pre-activations, as indices of torch's (LSTM i f g o, GRU r z n).
 _TORCH_ROWS = {"lstm": (2, 0, 1, 3), "gru": (2, 0, 1), "tanh": (0,)}
@@ -204,9 +201,7 @@ class GatedFeedbackRNN(nn.Module):
         x_TBN = self._read_input(input, from_input_NI, symbols, noise)
         mask_LBH = None
         if noise is not None and self.dropout and self.num_layers > 1:
-            masks = [
-                noise.row_mask(_PLACE_BELOW + j, self.hidden_size, self.dropout) for j in range(1, self.num_layers)
-            ]
+            masks = [noise.row_mask(PLACE_BELOW + j, self.hidden_size, self.dropout) for j in range(1, self.num_layers)]
             mask_LBH = torch.stack(masks).to(dtype)
 
         run = recurrence_reference if self.reference else recurrence
@@ -222,7 +217,7 @@ class GatedFeedbackRNN(nn.Module):
 
     def _weights(self, noise: Noise | None) -> tuple[list[LayerWeights], Tensor]:
         """Every layer's weights as the recurrence takes them, and those of the input [N, I]; weight dropout applied."""
-        place = _PLACE_WEIGHT
+        place = PLACE_WEIGHT
 
         def get(name: str) -> Tensor | None:
             p = self._parameters.get(name)
@@ -268,7 +263,7 @@ class GatedFeedbackRNN(nn.Module):
         """The input's part of the pre-activations, for all steps at once: [T, B, N]."""
         mask_BI = None
         if noise is not None and self.input_dropout:
-            mask_BI = noise.row_mask(_PLACE_INPUT, self.input_size, self.input_dropout).to(from_input_NI.dtype)
+            mask_BI = noise.row_mask(PLACE_INPUT, self.input_size, self.input_dropout).to(from_input_NI.dtype)
         if symbols:  # W x of a one-hot x is a column of W
             x_TBN = F.embedding(input, from_input_NI.T.contiguous())
             if mask_BI is not None:
