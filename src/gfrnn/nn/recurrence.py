@@ -67,13 +67,13 @@ class _Products:
         h_BLH = self.cast(h_BLH)
         B = len(h_BLH)
         if self.all is not None:
-            product = h_BLH.reshape(B, -1) @ self.all.T
+            product = _product(h_BLH.reshape(B, -1), self.all.T, r_BLK.dtype)
             r_BLK[:, :, self.plan.all_rows] = product.view(B, -1, self.n_all)
         for j, weight in enumerate(self.own):
-            r_BLK[:, j, self.plan.own_rows] = h_BLH[:, j] @ weight.T
+            r_BLK[:, j, self.plan.own_rows] = _product(h_BLH[:, j], weight.T, r_BLK.dtype)
         if pairs_LBLH is not None:
             for i, weight in enumerate(self.pairs):
-                pairs_LBLH[i] = (h_BLH[:, i] @ weight.T).view(pairs_LBLH.shape[1:])
+                pairs_LBLH[i] = _product(h_BLH[:, i], weight.T, r_BLK.dtype).view(pairs_LBLH.shape[1:])
 
     def recurrent_backward(self, d_BLK: Tensor, d_h_BLH: Tensor) -> None:
         """Adds to d_h what r's gradient d sends back."""
@@ -85,14 +85,22 @@ class _Products:
             _add_product(d_h_BLH[:, j], self.cast(d_BLK[:, j, self.plan.own_rows]), weight)
 
 
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with a result of `dtype`, where a and b may be of a narrower one.
+
+    Products accumulate in fp32 everywhere; the CPU has none with a wider result and rounds once, at the end.
+    """
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b, where a and b may be of a narrower dtype."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.is_cuda:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
-    else:  # the CPU has no product with a wider result: it accumulates in fp32 and rounds once at the end
-        out.add_(a @ b)
+    else:
+        out.add_(_product(a, b, out.dtype))
 
 
 class Recurrence(torch.autograd.Function):
@@ -233,15 +241,16 @@ class Recurrence(torch.autograd.Function):
                     _squash_backward(d, slice(0, H), w, H, normal_TBLG, rstd_TBLg, t, j, gain_grads[j])
 
                 if gated:  # gradient of the gated states [g^i h^i], which gives that of g and of h
-                    d_gated_BLH = (products.cast(d_s_TBLH[t, :, j]) @ products.candidate[j]).view(B, L, H)
+                    d_gated_BH = _product(products.cast(d_s_TBLH[t, :, j]), products.candidate[j], a.dtype)
+                    d_gated_BLH = d_gated_BH.view(B, L, H)
                     g = a[:, GH:]
-                    d[:, GH:] = torch.einsum("blh,blh->bl", d_gated_BLH.to(a.dtype), hs_TBLH[t]) * (g * (1 - g))
+                    d[:, GH:] = torch.einsum("blh,blh->bl", d_gated_BLH, hs_TBLH[t]) * (g * (1 - g))
                     d_h_before_BLH.addcmul_(d_gated_BLH, g.unsqueeze(-1))
 
                 if j > 0:
                     weight = products.below[j]
                     assert weight is not None
-                    passed = (products.cast(d) @ weight).to(a.dtype)
+                    passed = _product(products.cast(d), weight, a.dtype)
                     if mask_LBH is not None:
                         passed *= mask_LBH[j - 1]
                     if plan.residual:
@@ -369,12 +378,6 @@ def _squash_backward(
     rstd = rstd_TBLg[t, :, j, rows.start // H : rows.stop // H].unsqueeze(-1)
     d_normal = (d[:, rows] * w.gain[rows]).unflatten(-1, (-1, H))
     d[:, rows] = units.norm_backward(d_normal, normal.unflatten(-1, (-1, H)), rstd).flatten(1)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
-    _add_product(out, a, b)
-    return out
 
 
 def _passed_up(plan: Plan, hs_TBLH: Tensor) -> Tensor:
