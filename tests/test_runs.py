@@ -382,7 +382,10 @@ def replaced(group: str, **values: Any) -> Settings:
         (replaced("model", hidden_size=6), "--hidden-size = 5, not 6"),
         (replaced("batch", rows=33), "--rows = 32, not 33"),
         (replaced("batch", dtype="bf16"), "--dtype = fp32, not bf16"),
-        (replaced("optimization", learning_rate=1.0, clip=2.0), "--learning-rate = 0.004, not 1.0 (and 1 more)"),
+        (
+            replaced("optimization", learning_rate=1.0, clip=2.0),
+            f"--learning-rate = {SETTINGS.optimization.learning_rate}, not 1.0 (and 1 more)",
+        ),
         (replaced("data", corpus="enwik8"), "--corpus = enwik8-1m, not enwik8"),
         (dataclasses.replace(SETTINGS, seed=4), "--seed = 0, not 4"),
     ],
