@@ -21,7 +21,8 @@ import pytest
 
 from gfrnn.config import Settings
 from gfrnn.runs import RunFolder
-from gfrnn.training.tracking import Mark, MetricsReader, Tracker, main, tracking_uri, ui_command
+from gfrnn.training.mlflow_sender import SystemMetrics, tracking_uri
+from gfrnn.training.tracking import Tracker, main, ui_command
 from launch import environment, free_port
 
 # ------------------------------------------------------------------------------------------------- a trainer's part
@@ -159,83 +160,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> It
     server = Server(tmp_path_factory.mktemp("server"), empty_database)
     yield server
     server.kill()
-
-
-# ------------------------------------------------------------------------------------------------ reading, no MLflow
-
-
-def steps(reader: MetricsReader, limit: int = 1000) -> list[int]:
-    """Reads to the end, as the sender does; the steps read."""
-    found: list[int] = []
-    while (points := reader.read(limit)) is not None:
-        assert len(points) <= limit
-        found += [point.step for point in points if point.key == "train_bpc"]
-        reader.commit()
-    return found
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> Run:
-    return Run(tmp_path / "plain")
-
-
-def test_reads_each_line_once_in_batches(plain: Run) -> None:
-    reader = MetricsReader(plain.folder.metrics_path, [Mark()])
-    assert reader.read() is None
-    plain.write(*range(1, 25))
-    assert steps(reader, limit=7) == list(range(1, 25))
-    plain.write(25)
-    assert steps(reader) == [25]
-    assert reader.read() is None
-
-
-def test_what_was_not_committed_is_read_again(plain: Run) -> None:
-    plain.write(1, 2)
-    reader = MetricsReader(plain.folder.metrics_path, [Mark()])
-    assert reader.read() == reader.read() != []
-    assert steps(reader) == [1, 2]
-
-
-def test_a_torn_line_is_left_until_it_is_whole(plain: Run) -> None:
-    plain.write(1)
-    reader = MetricsReader(plain.folder.metrics_path, [Mark()])
-    with plain.folder.metrics_path.open("a") as f:
-        f.write('{"step": 2, "train_b')
-        f.flush()
-        assert steps(reader) == [1]
-        assert reader.unread() == 0
-        f.write('pc": 1.0, "time": 5}\n')
-    assert steps(reader) == [2]
-
-
-def test_a_line_torn_by_a_kill_and_written_on_does_not_stop_the_rest(plain: Run) -> None:
-    plain.write(1)
-    with plain.folder.metrics_path.open("a") as f:
-        f.write('{"step": 2, "tra')
-        f.write('{"step": 2, "train_bpc": 1.0, "time": 5}\n{"step": 3, "train_bpc": 1.0, "time": 6}\n')
-    assert steps(MetricsReader(plain.folder.metrics_path, [Mark()])) == [1, 3]
-
-
-@pytest.mark.parametrize("kept", [0, 1, 150, 299, 300])
-@pytest.mark.parametrize("more", [0, 10, 400])
-@pytest.mark.parametrize("restarted", [False, True])
-def test_a_file_cut_and_written_on_loses_no_line(plain: Run, kept: int, more: int, restarted: bool) -> None:
-    """Whether it is shorter or longer than before when it is looked at again."""
-    reader = MetricsReader(plain.folder.metrics_path, [Mark()])
-    for step in range(1, 301):
-        plain.write(step)
-        assert steps(reader) == [step]
-    assert len(reader.marks) < 100
-    plain.truncate(kept)
-    plain.write(*range(kept + 1, kept + more + 1))
-    if restarted:
-        stored = json.loads(json.dumps(reader.marks))
-        reader = MetricsReader(plain.folder.metrics_path, [Mark(*mark) for mark in stored])
-    read = steps(reader)
-    assert read[len(read) - more :] == list(range(kept + 1, kept + more + 1))
-    repeated = read[: len(read) - more]
-    assert repeated == list(range(kept - len(repeated) + 1, kept + 1))
-    assert len(repeated) <= 0.05 * kept + 60, "the beginning was not recognised"
 
 
 # ------------------------------------------------------------------------------------------------- the SQLite default
@@ -402,9 +326,7 @@ def test_a_killed_trainer_leaves_a_killed_run(run: Run) -> None:
 
 
 def test_system_metrics(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gfrnn.training.tracking import SystemMetrics
-
-    monkeypatch.setattr("gfrnn.training.tracking.SYSTEM_EVERY", 0.1)
+    monkeypatch.setattr("gfrnn.training.mlflow_sender.SYSTEM_EVERY", 0.1)
     system = SystemMetrics(time.time() - 5)
     time.sleep(0.2)
     system.sample()
