@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfrnn.nn.noise import PLACE_INPUT, PLACE_WEIGHT, Noise
+from gfrnn.nn.inputs import read_input
+from gfrnn.nn.noise import PLACE_WEIGHT, Noise
 
 
 class MultiplicativeRNN(nn.Module):
@@ -79,15 +80,7 @@ class MultiplicativeRNN(nn.Module):
         if noise is not None and self.weight_dropout:
             weight_mh = weight_mh * noise.weight_mask(PLACE_WEIGHT, weight_mh, self.weight_dropout)
             weight_hm = weight_hm * noise.weight_mask(PLACE_WEIGHT + 1, weight_hm, self.weight_dropout)
-        mask_BI = None
-        if noise is not None and self.input_dropout:
-            mask_BI = noise.row_mask(PLACE_INPUT, self.input_size, self.input_dropout).to(wide)
-        if symbols:
-            x_TB2H = F.embedding(input, weight_ih.T.contiguous())
-            if mask_BI is not None:
-                x_TB2H = x_TB2H * mask_BI.T.gather(0, input).unsqueeze(-1)
-        else:
-            x_TB2H = F.linear(input.to(wide) if mask_BI is None else input * mask_BI, weight_ih)
+        x_TB2H = read_input(input, weight_ih, noise, self.input_dropout, self.compute_dtype)
         to_h_TBH, to_m_TBH = x_TB2H.chunk(2, dim=2)
         to_h_TBH = to_h_TBH + bias
 

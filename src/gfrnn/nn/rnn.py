@@ -17,11 +17,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfrnn.config import Feedback, UnitGates
-from gfrnn.nn.noise import PLACE_BELOW, PLACE_INPUT, PLACE_WEIGHT, Noise
+from gfrnn.nn.inputs import read_input
+from gfrnn.nn.noise import PLACE_BELOW, PLACE_WEIGHT, Noise
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.recurrence import recurrence
 from gfrnn.nn.reference import recurrence_reference
@@ -198,7 +198,7 @@ class GatedFeedbackRNN(nn.Module):
         weights, from_input_NI = self._weights(noise)
         dtype = from_input_NI.dtype
         h_BLH, c_BLH = self._start(state, batched, B, dtype, input.device)
-        x_TBN = self._read_input(input, from_input_NI, symbols, noise)
+        x_TBN = read_input(input, from_input_NI, noise, self.input_dropout, self.plan.compute_dtype)
         mask_LBH = None
         if noise is not None and self.dropout and self.num_layers > 1:
             masks = [noise.row_mask(PLACE_BELOW + j, self.hidden_size, self.dropout) for j in range(1, self.num_layers)]
@@ -258,25 +258,6 @@ class GatedFeedbackRNN(nn.Module):
             if skip is not None:
                 from_input.append(skip)
         return layers, torch.cat(from_input) if len(from_input) > 1 else from_input[0]
-
-    def _read_input(self, input: Tensor, from_input_NI: Tensor, symbols: bool, noise: Noise | None) -> Tensor:
-        """The input's part of the pre-activations, for all steps at once: [T, B, N]."""
-        mask_BI = None
-        if noise is not None and self.input_dropout:
-            mask_BI = noise.row_mask(PLACE_INPUT, self.input_size, self.input_dropout).to(from_input_NI.dtype)
-        if symbols:  # W x of a one-hot x is a column of W
-            x_TBN = F.embedding(input, from_input_NI.T.contiguous())
-            if mask_BI is not None:
-                x_TBN = x_TBN * mask_BI.T.gather(0, input).unsqueeze(-1)
-            return x_TBN
-        x_TBI = input.to(from_input_NI.dtype)
-        if mask_BI is not None:
-            x_TBI = x_TBI * mask_BI
-        if self.plan.compute_dtype is not None:
-            return F.linear(x_TBI.to(self.plan.compute_dtype), from_input_NI.to(self.plan.compute_dtype)).to(
-                from_input_NI.dtype
-            )
-        return F.linear(x_TBI, from_input_NI)
 
     def _start(
         self, state: State | None, batched: bool, B: int, dtype: torch.dtype, device: torch.device
