@@ -67,6 +67,21 @@ def start_training(
     )
 
 
+def start_ranks(command: Sequence[str | Path], processes: int) -> list[subprocess.Popen[str]]:
+    """python COMMAND, one process a rank without a launcher: as SLURM starts them."""
+    where = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
 def train(output_dir: Path, flags: Sequence[str] = SMALL, **kwargs: Any) -> tuple[int, str, str]:
     """Trains to the end: (exit status, stdout, stderr)."""
     process = start_training(output_dir, flags, **kwargs)

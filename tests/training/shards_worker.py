@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import traceback
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import nn
 
 from gfrnn.config import BatchSettings, OptimizerSettings, Settings
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config
-from gfrnn.training.engine import build_optimizer, init_distributed, initialize
+from gfrnn.training.engine import build_optimizer, free_port, init_distributed, initialize
 from gfrnn.training.shards import Average, Shards, set_learning_rate, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,9 +207,7 @@ def run_all(jobs: list[dict[str, Any]], folder: Path) -> None:
 
 
 def fork_group(world_size: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(world_size):
         child = os.fork()

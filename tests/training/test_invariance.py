@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from launch import environment, free_port, losses, metrics, validations
+from launch import losses, metrics, start_ranks, validations
 
 WORKER = Path(__file__).with_name("invariance_worker.py")
 STAGES, ACCUMULATIONS, PROCESSES = (0, 1, 2, 3), (1, 2), (1, 2, 3)
@@ -31,24 +29,7 @@ def name_of(stage: int, processes: int, accumulation: int) -> str:
 
 
 def run_workers(folder: Path, processes: int, jobs: list[str]) -> None:
-    port = str(free_port())
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), *jobs],
-            env=environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    for process in started:
+    for process in start_ranks([WORKER, folder, *jobs], processes):
         _, err = process.communicate(timeout=500)
         assert process.returncode == 0, err[-3000:]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import shards_worker as worker
 
+from gfrnn.config import OptimizerSettings
 from gfrnn.training.engine import build_optimizer
+from launch import environment, free_port
 
 WORLD_SIZES = (1, 2, 3)
 STAGES = ("z0", "z1", "z2", "z3")
@@ -30,7 +31,7 @@ FP32_CLOSE = 1e-5
 BF16_CLOSE = 5e-3
 """Relative. bf16 gradients summed over other ranks are rounded otherwise (2^-8) on the wire, at every update."""
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = environment(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 
 
 def job(kind: str, **more: Any) -> dict[str, Any]:
@@ -68,8 +69,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         jobs.append(job("z2", name=f"forget@{world_size}", loads=[f"{folder}/z2@{world_size}.pt"], forget="exp_avg"))
         plan.append([world_size, jobs])
     (folder / "plan.json").write_text(json.dumps(plan))
-    command, environment = [sys.executable, worker.__file__, folder], os.environ | ENVIRONMENT
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, worker.__file__, folder]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert not done.stdout  # for results, not for DeepSpeed's log
@@ -182,7 +183,7 @@ def test_under_the_launcher(results: Results, tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     subprocess.run(
         [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(free_port()), worker.__file__, tmp_path],
-        env={k: v for k, v in (os.environ | ENVIRONMENT).items() if k not in ("RANK", "WORLD_SIZE")},
+        env=ENVIRONMENT,
         check=True,
         timeout=200,
     )
@@ -190,14 +191,6 @@ def test_under_the_launcher(results: Results, tmp_path: Path) -> None:
     expected = results["load-z2@2"]["runs"]
     assert runs[loads[0]] == expected["z2@2"]
     assert runs[loads[1]] == expected["z3@3"]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 ALONE = """
@@ -235,9 +228,7 @@ for wrong in ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, {"c
 
 def test_one_process_without_a_launcher() -> None:
     """Plain python is one process; a gradient that is not finite shows at every stage; wrong values are user errors."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in (os.environ | ENVIRONMENT).items() if key not in launcher}
-    done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", ALONE], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     first, second = done.stdout.splitlines()
@@ -247,8 +238,6 @@ def test_one_process_without_a_launcher() -> None:
 
 
 def test_optimizers_decay_matrices_only() -> None:
-    from gfrnn.config import OptimizerSettings
-
     model = worker.new_model()
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("rmsprop", torch.optim.RMSprop)):
         plain = build_optimizer(model, OptimizerSettings(optimizer=name))  # type: ignore[arg-type]

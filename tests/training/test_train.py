@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +16,10 @@ import pytest
 from launch import (
     ROOT,
     SMALL,
-    environment,
-    free_port,
     losses,
     metrics,
     script,
+    start_ranks,
     start_training,
     summary,
     train,
@@ -198,7 +196,7 @@ def test_bf16_learns(tmp_path):
 KINDS = {
     "gru": "--unit gru --forget-bias 0 --optimizer rmsprop --eps 1e-4 --average arithmetic --average-from 20",
     "tanh": "--unit tanh --forget-bias 0 --feedback none --optimizer adamw --weight-decay 0.01",
-    "mrnn": "--unit mrnn --forget-bias 0 --num-layers 1 --feedback none --no-input-skips --average none",
+    "mrnn": "--unit mrnn --forget-bias 0 --num-layers 1 --feedback none --no-layer-norm --average none",
     "options": "--embedding-size 8 --layer-norm --residual --weight-dropout 0.1 --unit-gates own",
 }
 
@@ -271,18 +269,8 @@ def test_evaluate_and_sample_agree_with_the_run(whole):
 
 def test_two_processes_without_the_launcher(tmp_path):
     """As SLURM starts them, one task a process: RANK and its like in the environment."""
-    port = str(free_port())
-    started = []
-    for rank in range(2):
-        env = environment(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-        command = [str(ROOT / "src/train.py"), *SMALL, "--max-updates", "5", "--output-dir", str(tmp_path / "run")]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
+    command = [ROOT / "src/train.py", *SMALL, "--max-updates", "5", "--output-dir", tmp_path / "run"]
+    started = start_ranks(command, 2)
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert "test " in outputs[0][0]

@@ -37,7 +37,7 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> torch.device
     """
     _quiet()
     if "RANK" not in os.environ:
-        os.environ.update(_ALONE, MASTER_PORT=str(_free_port()))
+        os.environ.update(_ALONE, MASTER_PORT=str(free_port()))
     cuda = os.environ["DS_ACCELERATOR"] == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -99,7 +99,8 @@ def _quiet() -> None:
             handler.setStream(sys.stderr)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
