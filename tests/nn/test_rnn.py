@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from gfrnn.config import presets, sizes
+from gfrnn.config import ModelSettings, presets, sizes
 from gfrnn.nn import GatedFeedbackRNN, LanguageModel, MultiplicativeRNN, Noise
 
 UNITS = ["tanh", "gru", "lstm"]
@@ -302,8 +303,6 @@ def test_preset_counts_equal_the_formula(name):
 
 @pytest.mark.parametrize("unit", ["gru", "lstm"])
 def test_counts_with_every_option(unit):
-    from gfrnn.config import ModelSettings
-
     settings = ModelSettings(
         unit=unit,
         num_layers=2,
@@ -328,14 +327,39 @@ PAPER_COUNTS = {
 }
 
 
+# the paper's other models, in millions
+PAPER_MILLIONS = {
+    "tanh-1x1000": 1.205,
+    "tanh-3x390": 1.000,
+    "gru-1x540": 1.207,
+    "gru-3x228": 1.200,
+    "lstm-1x456": 1.206,
+    "lstm-3x191": 1.199,
+}
+
+
 @pytest.mark.parametrize("name", PAPER_COUNTS)
 def test_paper_counts(name):
     assert sizes(presets()[name].model, 205).recurrent == PAPER_COUNTS[name]
 
 
-def test_large_model_counts():
-    count = sizes(presets()["gf-lstm-5x700"].model, 205)
-    assert round(count.recurrent / 1e6, 1) == 59.8
+@pytest.mark.parametrize("name", PAPER_MILLIONS)
+def test_paper_counts_of_single_layers_and_stacks(name):
+    assert round(sizes(presets()[name].model, 205).recurrent / 1e6, 3) == PAPER_MILLIONS[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "millions"),
+    [
+        ({}, 59.8),
+        ({"input_skips": False}, 57.5),
+        ({"unit_gates": "own"}, 30.4),
+        ({"unit_gates": "own", "input_skips": False}, 28.1),
+    ],
+)
+def test_large_model_counts(change, millions):
+    count = sizes(dataclasses.replace(presets()["gf-lstm-5x700"].model, **change), 205)
+    assert round(count.recurrent / 1e6, 1) == millions
     assert count.softmax == 5 * 700 * 205
 
 
