@@ -23,7 +23,7 @@ from gfrnn.config import Settings
 from gfrnn.runs import RunFolder
 from gfrnn.training.mlflow_sender import SystemMetrics, tracking_uri
 from gfrnn.training.tracking import Tracker, main, ui_command
-from launch import environment, free_port
+from launch import SMALL, environment, free_port, losses, script, summary
 
 # ------------------------------------------------------------------------------------------------- a trainer's part
 
@@ -414,3 +414,29 @@ def test_what_a_dead_server_missed_is_sent_by_hand(run: Run, server: Server) -> 
     assert send(run, MLFLOW_TRACKING_URI=server.uri).returncode == 0
     assert history(run, uri=server.uri) == expected(run)
     assert mlflow_run(run, server.uri).info.status == "FINISHED"
+
+
+# ------------------------------------------------------------------------------------------------- a real training
+
+
+def test_a_dead_mlflow_server_costs_a_warning_and_the_next_start_sends_it_all(tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    flags = [*(flag for flag in SMALL if flag != "--no-mlflow"), "--max-updates", "20", "--output-dir", output_dir]
+    dead = script("train", *flags, env=environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}"))
+    assert dead.returncode == 0, dead.stderr
+    assert summary(output_dir)["finished"] is True
+    warnings = [line for line in dead.stderr.splitlines() if line.startswith("MLflow")]
+    assert len(warnings) == 2  # that it fails, and what is not sent
+    assert "fails" in warnings[0]
+    assert f"later: python -m gfrnn.training.tracking {output_dir}" in warnings[1]
+    assert "Traceback" not in dead.stderr
+
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    again = script("train", *flags, env=environment(MLFLOW_TRACKING_URI=store))
+    assert again.returncode == 0, again.stderr
+    assert "finished already" in again.stderr
+    there = client(store)
+    (run,) = there.search_runs([there.get_experiment_by_name("gfrnn").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert {p.step: p.value for p in there.get_metric_history(run.info.run_id, "train_bpc")} == losses(output_dir)
+    assert run.data.metrics["test_bpc"] == summary(output_dir)["test_bpc"]

@@ -30,6 +30,7 @@ from gfrnn.training.mlflow_sender import Sender, Sent, tracking_uri, without_pas
 
 POLL = 1.0  # seconds between looks at the folder
 LONGEST_BACK_OFF = 30.0  # seconds between attempts at a server that is down
+DRAIN = 15.0  # seconds to go on trying after the end; the trainer waits longer, so only one of the two says the rest
 
 
 # ---------------------------------------------------------------------------------------------- the trainer's side
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gfrnn.training.tracking", description=main.__doc__)
     parser.add_argument("run_dir", type=Path, help="run folder (train.py --output-dir)")
     parser.add_argument("--experiment", help="MLflow experiment (default: the run's own)")
-    parser.add_argument("--drain", type=float, default=20.0, help="seconds to go on trying while MLflow fails")
+    parser.add_argument("--drain", type=float, default=DRAIN, help="seconds to go on trying while MLflow fails")
     parser.add_argument("--follow", action="store_true", help="send what is added, until stdin is closed")
     arguments = parser.parse_args(argv)
     if arguments.follow:  # the trainer's life is this process' life, not the signals that its launcher sends around
