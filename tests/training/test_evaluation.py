@@ -24,8 +24,6 @@ from gfrnn.training.evaluate import EvaluateSettings, _validate, evaluate
 from gfrnn.training.evaluation import score, score_dynamic
 from launch import script
 
-torch.set_num_threads(1)  # models this small only lose by more
-
 SMALL = ModelSettings(num_layers=2, hidden_size=6, output_skips=True)
 MODELS = {
     "gf-lstm": SMALL,

@@ -20,8 +20,6 @@ from gfrnn.training import sample
 from gfrnn.training.sample import device_of, generate
 from launch import ROOT, environment, script
 
-torch.set_num_threads(1)  # models this small only lose by more
-
 SMALL = ModelSettings(num_layers=2, hidden_size=6, output_skips=True)
 
 
