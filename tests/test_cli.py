@@ -129,6 +129,14 @@ def test_a_bug_keeps_its_traceback() -> None:
         assert "oops" in err
 
 
+def test_too_little_memory_is_one_line() -> None:
+    for code in ("import torch; torch.empty(2**55)", "bytearray(2**60)"):
+        status, _, err = program(f"def main():\n    {code}\ncli.run(main)\n")
+        assert status == 2
+        assert err.startswith("error: out of memory (")
+        assert err.count("\n") == 1
+
+
 def test_an_error_ends_the_process_though_a_thread_goes_on() -> None:
     forever = "import threading; threading.Thread(target=time.sleep, args=(1000,)).start()"
     assert program(raising("UserError('mend it')", before=forever))[0] == 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gfrnn.config import DataSettings, Settings, UserError, preset, presets, validate
+from gfrnn.config import DataSettings, Settings, UserError, preset, presets, validate, without_effect
 
 GROUPS = ("model", "data", "batch", "optimization", "run")
 
@@ -154,3 +154,15 @@ def test_unknown_presets_are_refused_with_the_nearest() -> None:
         preset("gf-lstm-5x70")
     with pytest.raises(UserError, match=f"'zzz' is unknown; --preset list prints all {len(presets())}"):
         preset("zzz")
+
+
+def test_options_without_effect_are_named() -> None:
+    assert without_effect(preset("demo")) == []
+    single = changed(num_layers=1, dropout=0.5, output_skips=False)
+    assert without_effect(single) == ["--dropout has no effect on a single layer"]
+    mrnn = changed(unit="mrnn", num_layers=1, feedback="none", output_skips=False)
+    assert without_effect(mrnn) == ["--input-skips has no effect on --unit mrnn"]
+    own = changed(feedback="none", unit_gates="own")
+    assert without_effect(own) == ["--unit-gates own has no effect without feedback, or with --unit tanh"]
+    for name, settings in presets().items():
+        assert without_effect(settings) == [], name

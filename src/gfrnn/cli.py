@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import signal
@@ -28,6 +29,8 @@ _MENDS = {
     errno.EPERM: "give a path that you may read and write",
     errno.EROFS: "that file system is read-only: give another folder",
     errno.ENOTDIR: "a part of that path is a file: give another folder",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "links there go round in a circle: give another path",
 }
 
 
@@ -78,6 +81,8 @@ def run(main: Callable[[], None]) -> None:
     Every end is an immediate exit, a good one too: tearing down an interpreter with a process group's threads in it
     now and then aborts (seen with gloo: "terminate called without an active exception", status -6).
     """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("gfrnn").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         try:
             main()
@@ -99,6 +104,14 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in _MENDS:
             raise
         _end(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}; {_MENDS[error.errno]}", EXIT_USER)
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU that runs out of memory
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        reason = str(error).split("\n")[0]
+        _end(
+            f"error: out of memory ({reason}); take a smaller model, fewer --rows or --steps, or more processes",
+            EXIT_USER,
+        )
     sys.stderr.flush()
     os._exit(EXIT_FINISHED)
 
@@ -127,6 +140,7 @@ def _end(line: str, status: int) -> None:
     if rank() != 0 and status != EXIT_STOPPED:
         time.sleep(5)
         line = f"rank {rank()}: {line}"
+    line = " ".join(line.splitlines())  # also where a path has line breaks in its name
     with contextlib.suppress(OSError):  # a full disk or a reader who has gone: the first error is the one that counts
         if rank() == 0 or status != EXIT_STOPPED:
             print(line, file=sys.stderr, flush=True)

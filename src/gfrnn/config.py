@@ -7,6 +7,7 @@ Settings own sizes, optimizer, schedule and clipping; a DeepSpeed config file ow
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -182,6 +183,8 @@ class Settings:
     """What is learned."""
     output_dir: Path = Path("runs/gf-lstm-5x700")
     """Run folder. Starting again with the same folder resumes."""
+    start_from: Path | None = None
+    """A new run goes on from this checkpoint of another run of the same model (after a loss that exploded, say)."""
     deepspeed: Path | None = None
     """DeepSpeed config file (ds_configs/*.json); none: stage 0."""
     seed: int = 0
@@ -214,6 +217,14 @@ class Settings:
 def validate(settings: Settings) -> None:
     """Refuse settings that contradict themselves; raises UserError with one line."""
     m, b, o, r = settings.model, settings.batch, settings.optimization, settings.run
+    for group in (settings, m, settings.data, b, o, r):
+        for name, value in vars(group).items():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag} is {value}; it must be a finite number")
+            most = 2**63 if name == "seed" else 2**31
+            if isinstance(value, int) and value >= most:
+                raise UserError(f"{flag} is {value}; it must be less than 2^{most.bit_length() - 1}")
     positive = {
         "--num-layers": m.num_layers,
         "--hidden-size": m.hidden_size,
@@ -272,17 +283,41 @@ def validate(settings: Settings) -> None:
     if m.vocab_size != 256:
         raise UserError(f"--vocab-size is {m.vocab_size}, but text is bytes: leave it at 256")
     if m.unit == "mrnn" and (m.num_layers != 1 or m.feedback != "none" or m.layer_norm):
-        raise UserError("--unit mrnn has one layer, no feedback and no layer norm: add --num-layers 1 --feedback none")
+        raise UserError(
+            "--unit mrnn has one layer, no feedback and no layer norm: "
+            "add --num-layers 1 --feedback none --no-layer-norm --forget-bias 0"
+        )
     if m.hidden_bias and m.unit != "gru":
         raise UserError(f"--hidden-bias belongs to --unit gru, not {m.unit}")
     if m.forget_bias and m.unit != "lstm":
         raise UserError(f"--forget-bias belongs to --unit lstm, not {m.unit}")
+    if not r.experiment.strip():
+        raise UserError("--experiment is empty; give a name")
     if not r.max_updates and not r.max_epochs:
         raise UserError("--max-updates and --max-epochs are both 0: give one of them, or nothing is trained")
     if o.final_learning_rate > o.learning_rate:
         raise UserError(
             f"--final-learning-rate {o.final_learning_rate} is above --learning-rate {o.learning_rate}: schedules fall"
         )
+
+
+def without_effect(settings: Settings) -> list[str]:
+    """Options that these settings ask for and that change nothing, each with its reason."""
+    m = settings.model
+    asked = {
+        "--dropout": m.dropout > 0,
+        "--residual": m.residual,
+        "--output-skips": m.output_skips,
+        "--input-skips": m.input_skips,
+    }
+    found = []
+    if m.num_layers == 1 and m.unit != "mrnn":  # a single layer reads the input and feeds the softmax anyway
+        found += [f"{flag} has no effect on a single layer" for flag in list(asked)[:3] if asked[flag]]
+    if m.unit == "mrnn":
+        found += [f"{flag} has no effect on --unit mrnn" for flag, given in asked.items() if given]
+    if m.unit_gates == "own" and (m.feedback == "none" or m.unit == "tanh"):
+        found.append("--unit-gates own has no effect without feedback, or with --unit tanh")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ sizes

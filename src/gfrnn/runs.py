@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 
 TensorsByName = dict[str, "Tensor"]
 
+_SECONDS_FOR_ANOTHER_TO_END = 10.0  # a killed launcher's ranks save a last checkpoint
+
 # What may differ when a run is started again in its folder: none of it changes what is being learned.
 _FREE = {
-    "": {"output_dir", "deepspeed", "dry_run", "prepare", "preset"},
+    "": {"output_dir", "start_from", "deepspeed", "dry_run", "prepare", "preset"},
     "data": {"data_dir", "corpus_file"},
     "batch": {"accumulation"},
     "run": None,  # all of it
@@ -105,6 +107,37 @@ class RunFolder:
             )
         return True
 
+    def check_writable(self) -> None:
+        """Raises UserError if a run could not be kept here; makes nothing."""
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(path))
+        mend = "give another --output-dir"
+        if not there.is_dir():
+            raise UserError(f"--output-dir {self.path}: {there} is not a folder; {mend}")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"--output-dir {self.path}: {there} may not be written to; {mend}")
+        try:
+            str(self.path.absolute()).encode()  # safetensors would write there, but not read
+        except UnicodeEncodeError as error:
+            raise UserError(f"--output-dir {self.path}: its name is not UTF-8; {mend}") from error
+
+    def lock(self) -> None:
+        """Keeps other trainings out of this folder until this process ends, however it does; makes the folder.
+
+        One that is about to end is waited for; raises UserError for one that goes on.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock")  # the kernel's, freed when its holder dies
+            self._lock.acquire(timeout=_SECONDS_FOR_ANOTHER_TO_END)
+        except Timeout as error:
+            raise UserError(
+                f"--output-dir {self.path} is being trained in by another process; wait for it, or give another folder"
+            ) from error
+        except OSError as error:
+            raise UserError(f"--output-dir {self.path}: {error.strerror}; give another folder") from error
+
     def create(self, settings: Settings, ds_config: dict[str, Any], corpus_md5: str) -> None:
         """Makes the folder and writes config.json (again, if the run goes on under another DeepSpeed config)."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -135,17 +168,36 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every line, in order; without a last one that a kill tore or that is being written."""
-        lines = self.metrics_path.read_text().split("\n") if self.metrics_path.exists() else []
-        return [json.loads(line) for line in lines[:-1]]  # after the last newline there is nothing, or a torn line
+        lines = self.metrics_path.read_bytes().split(b"\n") if self.metrics_path.exists() else []
+        found: list[dict[str, Any]] = []
+        for number, line in enumerate(lines[:-1], 1):  # after the last newline there is nothing, or a torn line
+            try:
+                found.append(json.loads(line))
+                found[-1]["step"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{self.metrics_path}:{number}: damaged; delete that line") from error
+        return found
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """How the run ended; None while it has not. Raises UserError if that is damaged."""
+        return _read_json(self.summary_path, "finished", "step") if self.summary_path.exists() else None
+
+    def mlflow_run_id(self) -> str | None:
+        """The MLflow run that follows this folder; None if none does yet."""
+        followed = self.path / "mlflow.json"
+        return _read_json(followed).get("run_id") if followed.exists() else None
 
     # -- checkpoints
 
     def named_checkpoint(self, name: str) -> Path | None:
-        """The folder that `latest` or `best` names; None if there is none yet."""
+        """The folder that `latest` or `best` names; None if there is none yet. Raises UserError if it is not there."""
         pointer = self.checkpoints / name
         if not pointer.exists():
             return None
-        return self.checkpoints / pointer.read_text().strip()
+        named = pointer.read_bytes().decode(errors="replace").strip()
+        if not re.fullmatch(r"step-\d+", named) or not (self.checkpoints / named).is_dir():
+            raise UserError(f"{pointer} names {named!r}, no checkpoint there; write the name of another one into it")
+        return self.checkpoints / named
 
     def save(self, checkpoint: Checkpoint, step: int, *, best: bool, keep_last: int) -> Path:
         """Writes a checkpoint so that a kill at any instant leaves a usable latest one; removes old ones."""
@@ -205,6 +257,11 @@ def find_checkpoint(run: str | Path) -> Path:
     if found is None:
         raise UserError(f"{run} has no checkpoint yet: is it the folder given to train.py as --output-dir?")
     return found
+
+
+def checkpoint_settings(path: Path) -> Settings:
+    """The settings that a checkpoint was trained with. Raises UserError if they are missing or damaged."""
+    return Settings.from_json(_read_json(path / "trainer.json", "settings")["settings"])
 
 
 def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:

@@ -183,6 +183,39 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert summary(tmp_path / "run")["status"] == "failed"
 
 
+def test_weights_that_the_last_update_made_infinite(tmp_path):
+    flags = [*SMALL, "--max-updates", "1", "--learning-rate", "1e38", "--warmup-updates", "0", "--average", "none"]
+    status, _, err = train(tmp_path / "run", [*flags, "--clip", "0", "--optimizer", "rmsprop"])
+    assert status == 3, err
+    assert err.splitlines()[-1].startswith("failed: validation loss is not finite after update 1")
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+    output_dir = tmp_path / "run"
+    first = start_training(output_dir, [*SMALL, "--max-updates", "100000"])
+    wait_for_update(output_dir, 5, first)
+    status, _, err = train(output_dir, [*SMALL, "--max-updates", "100000"])
+    assert status == 2
+    assert "is being trained in by another process" in err.splitlines()[-1]
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert first.returncode == 75
+    assert sorted(losses(output_dir)) == list(range(1, summary(output_dir)["step"] + 1))
+
+
+def test_a_new_run_starts_from_anothers_checkpoint(whole, tmp_path):
+    """What the message of a failed run advises: the same model goes on with other settings, in another folder."""
+    start = ["--start-from", str(whole / "checkpoints" / "step-00000400")]
+    changed = ["--rows", "4", "--max-updates", "420", "--learning-rate", "1e-3"]
+    status, _, err = train(tmp_path / "run", [*FLAGS, *start, *changed])
+    assert status == 0, err
+    assert sorted(losses(tmp_path / "run")) == list(range(401, 421))
+    assert losses(tmp_path / "run")[401] < 1.2 * losses(whole)[400]
+    status, _, err = train(tmp_path / "other", [*FLAGS, "--start-from", str(whole), "--hidden-size", "17"])
+    assert status == 2
+    assert "is of another model" in err.splitlines()[-1]
+
+
 def test_bf16_learns(tmp_path):
     flags = [*SMALL, "--max-updates", "150", "--average", "none"]
     assert train(tmp_path / "wide", flags)[0] == 0
@@ -246,6 +279,10 @@ def test_early_stopping(tmp_path):
     assert status == 0, err
     found = summary(tmp_path / "run")
     assert "no new best in 2 validations" in err
+    again, _, err = train(tmp_path / "run", [*flags, "--final-learning-rate", "0", "--average", "none"])
+    assert again == 0
+    assert "finished already" in err
+    assert summary(tmp_path / "run") == found
     assert found["step"] < 400
     assert found["step"] == max(validations(tmp_path / "run"))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gfrnn.data.corpus import NEWLINE, Bytes, Text, load_text, read_bytes
+from gfrnn.data.corpus import NEWLINE, Bytes, Text, load_text, read_bytes, segments_per_epoch
 
 if TYPE_CHECKING:
     from gfrnn.data.streams import Streams
 
-__all__ = ["NEWLINE", "Bytes", "Streams", "Text", "load_text", "read_bytes"]
+__all__ = ["NEWLINE", "Bytes", "Streams", "Text", "load_text", "read_bytes", "segments_per_epoch"]
 
 
 def __getattr__(name: str) -> Any:

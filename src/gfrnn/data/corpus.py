@@ -117,6 +117,16 @@ def load_text(settings: DataSettings) -> Text:
         ) from error
 
 
+def segments_per_epoch(size: int, rows: int, steps: int) -> int:
+    """Segments of `steps` bytes that each of `rows` equal rows of a text holds; raises UserError if that is none."""
+    segments = size // rows // steps
+    if segments == 0:
+        most = size // steps
+        mend = f"use --rows of at most {most}" if most else f"use --steps of at most {size}, or a longer text"
+        raise UserError(f"a training text of {size} bytes is too short for {rows} rows x {steps} steps: {mend}")
+    return segments
+
+
 def _name(path: Path, identity: Identity, expected: str) -> str:
     if identity.size < MIN_BYTES:
         raise UserError(f"{path} holds {identity.size} bytes of text, too few to split: give at least {MIN_BYTES}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gfrnn.config import UserError
-from gfrnn.data.corpus import NEWLINE, Bytes
+from gfrnn.data.corpus import NEWLINE, Bytes, segments_per_epoch
 
 PADDING = -1
 """The global row id of rows that do not exist; their symbols are 0 and their weight is 0."""
@@ -52,13 +52,7 @@ class Streams:
                 f"use at most {rows} processes or --rows of at least {world_size}"
             )
         n = len(text) // rows
-        self.segments_per_epoch = n // steps
-        if self.segments_per_epoch == 0:
-            most = len(text) // steps
-            mend = f"use --rows of at most {most}" if most else f"use --steps of at most {len(text)}, or a longer text"
-            raise UserError(
-                f"a training text of {len(text)} bytes is too short for {rows} rows x {steps} steps: {mend}"
-            )
+        self.segments_per_epoch = segments_per_epoch(len(text), rows, steps)
         self.rows, self.steps, self.device = rows, steps, torch.device(device)
         self.dropped_bytes = len(text) - rows * self.segments_per_epoch * steps
         self.count_per_update = rows * steps

@@ -1,8 +1,9 @@
 """Where random masks come from: a function of names, not of the order in which they are asked for.
 
 A row's dropout mask depends on (seed, update, place, global row) alone, so the same row gets the same mask whichever
-process or micro-batch it falls to; masks of weights depend on (seed, update, place) alone. They are counter-based
-hashes of those numbers, evaluated with integer tensor operations, so they are the same on every device.
+process or micro-batch it falls to. Rows' masks are counter-based hashes of those numbers, evaluated with integer tensor
+operations, so they are the same on every device. Masks of weights depend on (seed, update, place) alone and come from
+the device's own generator: the same for every process, but others on CUDA than on the CPU.
 
 Shapes: B rows, N units of a mask.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -61,9 +62,8 @@ def main() -> None:
 def _main() -> None:
     settings = parse(EvaluateSettings, sys.argv[1:])
     _validate(settings)
-    from gfrnn.runs import find_checkpoint, write_json
+    from gfrnn.runs import write_json
 
-    find_checkpoint(settings.run)  # a wrong path answers before torch is loaded
     results = evaluate(settings)
     if settings.json is not None:
         write_json(settings.json, results)
@@ -78,8 +78,8 @@ def _validate(settings: EvaluateSettings) -> None:
         ("--dynamic-learning-rate", settings.dynamic_learning_rate, 0),
         ("--dynamic-decay", settings.dynamic_decay, 0),
     ):
-        if not value >= least:
-            raise UserError(f"{flag} is {value}; it must be at least {least}")
+        if not least <= value < math.inf:
+            raise UserError(f"{flag} is {value}; it must be at least {least}, and finite")
     if settings.dynamic_decay > 1:
         raise UserError(f"--dynamic-decay is {settings.dynamic_decay}; it must be at most 1")
     if settings.text_file is not None and settings.corpus_file is not None:
@@ -94,14 +94,15 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     from rich.table import Table
     from rich.text import Text
 
-    from gfrnn.runs import load_checkpoint, load_model
-    from gfrnn.training.evaluation import score, score_dynamic
+    from gfrnn.runs import checkpoint_settings, find_checkpoint, load_checkpoint, load_model
     from gfrnn.training.sample import device_of
 
+    texts = _texts(settings, checkpoint_settings(find_checkpoint(settings.run)))  # a wrong path answers before torch
     device = device_of(settings.device)
-    model, trained, path = load_model(settings.run, None if settings.dtype == "run" else settings.dtype)
+    from gfrnn.training.evaluation import score, score_dynamic
+
+    model, _, path = load_model(settings.run, None if settings.dtype == "run" else settings.dtype)
     model.to(device)
-    texts = _texts(settings, trained)
     moments = None
     if settings.dynamic:
         optimizer = load_checkpoint(path).optimizer

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from gfrnn.config import RunFailed, Settings, sizes
 from gfrnn.data import Bytes, Streams, Text
 from gfrnn.nn import Noise, State, build_language_model
 from gfrnn.nn.noise import hash_numbers
-from gfrnn.runs import Checkpoint, RunFolder, load_checkpoint, load_weights, write_json
+from gfrnn.runs import Checkpoint, RunFolder, find_checkpoint, load_checkpoint, load_weights, write_json
 from gfrnn.training import checkpoint as gathered
 from gfrnn.training import shards as sharding
 from gfrnn.training.ds_config import stage_of
@@ -104,6 +104,8 @@ class Trainer:
         self.progress = TrainingProgress(self.total, 0, enabled=False)  # replaced when training begins
 
         latest = run.named_checkpoint("latest")
+        if latest is None and settings.start_from is not None:
+            latest = find_checkpoint(settings.start_from)
         saved = load_checkpoint(latest) if latest is not None else None
         model = build_language_model(settings.model, batch.dtype, settings.seed)
         if saved is not None and latest is not None:  # before DeepSpeed makes its own copies
@@ -216,13 +218,16 @@ class Trainer:
             self.last_norms = [*self.last_norms[-4:], done.grad_norm]
             return
         what = "gradient norm" if math.isfinite(done.bpc) else "loss"
+        self._fail(f"{what} is not finite at update {self.position.step + 1}")
+
+    def _fail(self, what: str) -> NoReturn:
         norms = ", ".join(f"{norm:.3g}" for norm in self.last_norms) or "none"
         latest = self.run.named_checkpoint("latest")
         back = f"the last checkpoint is {latest}" if latest is not None else "there is no checkpoint yet"
         self._summarize("failed")
         raise RunFailed(
-            f"{what} is not finite at update {self.position.step + 1}; gradient norms before it: {norms}; {back}; "
-            "go on from there in a new folder with a lower --learning-rate or --clip"
+            f"{what}; gradient norms before it: {norms}; {back}; "
+            "go on from it with --start-from, another --output-dir and a lower --learning-rate or --clip"
         )
 
     def _reset_due(self, step: int) -> bool:
@@ -243,6 +248,8 @@ class Trainer:
         self.plain_model.load_state_dict(gathered.gather_weights(self.shards, self.average, on_all_ranks=True))
         text = self.text.valid[: run.valid_bytes or None]
         bpc = self._score(text)
+        if not math.isfinite(bpc):  # an update whose own loss was still finite
+            self._fail(f"validation loss is not finite after update {position.step}")
         position.last_valid_step = position.step
         best = position.best_bpc is None or bpc < position.best_bpc
         if best:
@@ -347,7 +354,11 @@ class Trainer:
             optimizer=optimizer,
             averages=averages,
             state=gathered.gather_state(self.states, self.streams),
-            trainer={"position": dataclasses.asdict(position), "settings": self.settings.to_json()},
+            trainer={
+                "position": dataclasses.asdict(position),
+                "settings": self.settings.to_json(),
+                "mlflow_run_id": self.run.mlflow_run_id(),
+            },
         )
         failure = None
         if self.rank == 0:
@@ -362,12 +373,21 @@ class Trainer:
         self.saved_step, self.last_save = position.step, time.monotonic()
 
     def _restore(self, saved: Checkpoint) -> None:
+        """Goes on where a checkpoint was made: this run's, or another's that it starts from."""
+        then = Settings.from_json(saved.trainer["settings"])
         self.position = Position(**saved.trainer["position"])
+        if self.run.named_checkpoint("latest") is None:
+            self.position = dataclasses.replace(
+                self.position, best_bpc=None, best_step=0, without_best=0, last_valid_step=0
+            )
         self.shards.load_weights(gathered.engine_names(saved.weights))
         moments = {key: gathered.engine_names(full) for key, full in saved.optimizer.items()}
-        self.shards.load_optimizer_state(moments, self.position.optimizer_step)
+        if then.optimization.optimizer == self.settings.optimization.optimizer:
+            self.shards.load_optimizer_state(moments, self.position.optimizer_step)
         if self.average is not None and saved.averages is not None:
             self.average.load(gathered.engine_names(saved.averages), self.position.average_count)
+        if then.batch.rows != self.settings.batch.rows:
+            return  # the carried state is of other rows: it starts at zero
         accumulation = self.settings.batch.accumulation
         self.states = gathered.scatter_state(saved.state, self.plain_model, self.streams, accumulation, self.device)
 
@@ -396,6 +416,7 @@ class Trainer:
             "characters": position.step * self.streams.count_per_update,
             "valid_bpc": position.best_bpc,
             "best_step": position.best_step,
+            "without_best": position.without_best,
             "wall_clock_s": self._wall_clock(),
             "world_size": self.world_size,
             "zero_stage": self.stage,

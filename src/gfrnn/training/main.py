@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from gfrnn import cli
-from gfrnn.config import PAPER_SYMBOLS, Settings, UserError, preset, preset_note, presets, sizes, validate
+from gfrnn.config import (
+    PAPER_SYMBOLS,
+    Settings,
+    UserError,
+    preset,
+    preset_note,
+    presets,
+    sizes,
+    validate,
+    without_effect,
+)
 from gfrnn.runs import RunFolder
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
 
@@ -34,7 +44,10 @@ def _main() -> None:
         )
     ds_config = resolve_ds_config(load_ds_config(settings.deepspeed), settings, world_size=world_size)
     run = RunFolder(settings.output_dir)
-    run.check(settings)
+    if not settings.prepare:
+        run.check(settings)
+    for notice in without_effect(settings):
+        cli.say(f"note: {notice}")
     if settings.dry_run:
         print_settings(settings, ds_config, world_size)
         return
@@ -51,7 +64,7 @@ def _main() -> None:
 def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None:
     """Trains, or says that the run in this folder is finished. Raises UserError, RunFailed, Stopped."""
     _share_cores()
-    from gfrnn.data import load_text
+    from gfrnn.data import load_text, segments_per_epoch
     from gfrnn.training.tracking import Tracker
 
     text = load_text(settings.data)
@@ -64,6 +77,8 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
                 Tracker.start(run.path, settings.run.experiment).finish()
             _print_results(finished, settings, run)
         return
+    segments_per_epoch(len(text.train), settings.batch.rows, settings.batch.steps)  # what cannot work answers at once
+    run.check_writable()
 
     import torch.distributed as dist
 
@@ -72,6 +87,7 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
 
     device = init_distributed()
     if dist.get_rank() == 0:
+        run.lock()
         latest = run.named_checkpoint("latest")
         run.create(settings, ds_config, text.md5)
         run.truncate_metrics(int(latest.name.removeprefix("step-")) if latest is not None else 0)
@@ -93,10 +109,11 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
 
 def _finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do, else None."""
-    if not run.summary_path.exists():
+    summary = run.read_summary()
+    if summary is None:
         return None
-    summary: dict[str, Any] = json.loads(run.summary_path.read_text())
-    more = settings.run.max_updates > summary["step"]
+    gave_up = 0 < settings.run.patience <= summary["without_best"]
+    more = settings.run.max_updates > summary["step"] and not gave_up
     return summary if summary["finished"] and not more else None
 
 
@@ -161,10 +178,11 @@ def print_settings(settings: Settings, ds_config: dict[str, Any], world_size: in
 
 
 def _preset_name(argv: Sequence[str]) -> str:
-    """The value of --preset: it is the default for every other flag, so it is needed first."""
+    """The value of --preset: it is the default for every other flag, so it is needed first. The last one counts."""
+    name = Settings().preset
     for position, arg in enumerate(argv):
         if arg.startswith("--preset="):
-            return arg.removeprefix("--preset=")
+            name = arg.removeprefix("--preset=")
         if arg == "--preset" and position + 1 < len(argv):
-            return argv[position + 1]
-    return Settings().preset
+            name = argv[position + 1]
+    return name

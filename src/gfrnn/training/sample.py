@@ -80,12 +80,12 @@ def generate(
 
 def device_of(name: str) -> str:
     """The device that --device means; raises UserError if it is not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} is unknown: give cpu, cuda, cuda:N or auto")
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name} is unknown: give cpu, cuda, cuda:N or auto")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
