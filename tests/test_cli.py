@@ -129,6 +129,20 @@ def test_a_bug_keeps_its_traceback() -> None:
         assert "oops" in err
 
 
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_no_status(streams: str) -> None:
+    for body, status in (("print('x')", 0), ("raise UserError('mend it')", 2)):
+        code = f"{HEAD}\ndef main():\n    {body}\ncli.run(main)\n"
+        command = ["sh", "-c", f'exec "$0" -c "$1" {streams}', sys.executable, code]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+        assert done.returncode == status
+        assert done.stderr == ("error: mend it\n" if status == 2 and "2>" not in streams else "")
+
+
+def test_characters_that_a_terminal_lacks() -> None:
+    assert program("cli.run(lambda: print('a\u2603b'))", PYTHONIOENCODING="ascii") == (0, "a?b\n", "")
+
+
 def test_too_little_memory_is_one_line() -> None:
     for code in ("import torch; torch.empty(2**55)", "bytearray(2**60)"):
         status, _, err = program(f"def main():\n    {code}\ncli.run(main)\n")

@@ -81,6 +81,7 @@ def run(main: Callable[[], None]) -> None:
     Every end is an immediate exit, a good one too: tearing down an interpreter with a process group's threads in it
     now and then aborts (seen with gloo: "terminate called without an active exception", status -6).
     """
+    _mend_streams()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("gfrnn").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
@@ -114,6 +115,16 @@ def run(main: Callable[[], None]) -> None:
         )
     sys.stderr.flush()
     os._exit(EXIT_FINISHED)
+
+
+def _mend_streams() -> None:
+    """Gives output that was closed (`>&-`) somewhere to go, and characters that a terminal lacks a '?'."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the process
+        elif isinstance(stream, io.TextIOWrapper) and name == "stdout":  # stderr escapes them
+            stream.reconfigure(errors="replace")
 
 
 def rank() -> int:

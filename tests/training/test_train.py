@@ -166,6 +166,24 @@ def test_signal_to_the_launcher_checkpoints(tmp_path, number):
     assert (output_dir / "checkpoints" / "latest").read_text() == f"step-{stopped['step']:08d}"
 
 
+@pytest.mark.parametrize(
+    "begun", ["launcher.launch", "--local_rank"], ids=["before its ranks", "while they load torch"]
+)
+def test_a_launcher_killed_early_leaves_no_ranks_that_train_on(tmp_path, begun):
+    process = start_training(tmp_path / "run", [*SMALL, "--max-updates", "1000000"], processes=2, launcher=True)
+    deadline = time.monotonic() + 60
+    while not any(begun in " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, err = process.communicate(timeout=90)  # whoever lived on would hold its output open
+    assert "the launcher was killed at update" in err
+    psutil.wait_procs(below, timeout=30)
+    assert not any(p.is_running() for p in below)
+    assert summary(tmp_path / "run")["status"] == "stopped"
+
+
 def test_time_limit(tmp_path):
     status, _, err = train(tmp_path / "run", [*SMALL, "--max-updates", "100000", "--time-limit", "0.1"])
     assert status == 75, err

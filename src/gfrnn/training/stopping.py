@@ -18,6 +18,28 @@ _LAUNCHER = "deepspeed.launcher.launch"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
+def _is_launcher(pid: int) -> bool:
+    try:
+        return any("deepspeed" in part for part in psutil.Process(pid).cmdline())
+    except psutil.Error:  # another user's, on a machine that hides those
+        return False
+
+
+def _launchers() -> tuple[int, ...]:
+    """Pids of the DeepSpeed launcher's two processes above this one; () without it.
+
+    The outer one (`deepspeed`, which a user would kill) passes no signal on: its ranks live on, with a new grandparent.
+    """
+    try:
+        parent = psutil.Process(os.getppid())
+        return (parent.pid, parent.ppid()) if _LAUNCHER in parent.cmdline() else ()
+    except psutil.Error:  # gone between two looks
+        return ()
+
+
+_AT_START = _launchers()  # import this module early: a launcher may be killed while torch is being loaded
+
+
 class StopFlag:
     """Why this process wants to stop, if it does.
 
@@ -29,7 +51,9 @@ class StopFlag:
         self.time_limit = time_limit
         self._begin = self._last_look = time.monotonic()
         self._reason = ""
-        self._launchers = _launchers()
+        self._launchers = _AT_START
+        if len(_AT_START) > 1 and _AT_START[1] == 1 and not _is_launcher(1):
+            self._reason = "the launcher was killed"  # before this process began
 
     @property
     def reason(self) -> str:
@@ -57,15 +81,3 @@ class StopFlag:
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
-
-
-def _launchers() -> tuple[int, ...]:
-    """Pids of the DeepSpeed launcher's two processes above this one; () without it.
-
-    The outer one (`deepspeed`, which a user would kill) passes no signal on: its ranks live on, with a new grandparent.
-    """
-    try:
-        parent = psutil.Process(os.getppid())
-        return (parent.pid, parent.ppid()) if _LAUNCHER in parent.cmdline() else ()
-    except psutil.Error:  # gone between two looks
-        return ()
