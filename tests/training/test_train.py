@@ -208,6 +208,17 @@ def test_weights_that_the_last_update_made_infinite(tmp_path):
     assert err.splitlines()[-1].startswith("failed: validation loss is not finite after update 1")
 
 
+def test_a_folder_removed_in_mid_run(tmp_path):
+    output_dir = tmp_path / "run"
+    process = start_training(output_dir, [*SMALL, "--max-updates", "1000000", "--checkpoint-every", "0"])
+    wait_for_update(output_dir, 5, process)
+    output_dir.rename(tmp_path / "moved")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.splitlines()[-1] == f"error: --output-dir {output_dir} was removed while it was trained in; start again"
+    assert "Traceback" not in err
+
+
 def test_two_trainings_in_one_folder(tmp_path):
     output_dir = tmp_path / "run"
     first = start_training(output_dir, [*SMALL, "--max-updates", "100000"])

@@ -100,6 +100,10 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
     with trainer.stop.listening():  # until MLflow has it all: a launcher ends the rest when the first process is gone
         try:
             summary = trainer.fit()
+        except FileNotFoundError as error:
+            if run.config_path.exists():
+                raise
+            raise UserError(f"--output-dir {run.path} was removed while it was trained in; start again") from error
         finally:
             if tracker is not None:
                 tracker.finish(timeout=20)
