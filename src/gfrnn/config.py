@@ -463,7 +463,7 @@ def presets() -> dict[str, Settings]:
             average="ema",
             average_decay=0.98,
         ),
-        run=RunSettings(max_updates=700, valid_every=175, checkpoint_every=175, eval_streams=32, eval_warmup=200),
+        run=RunSettings(max_updates=500, valid_every=125, checkpoint_every=125, eval_streams=32, eval_warmup=200),
     )
     return table
 
