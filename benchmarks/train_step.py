@@ -26,7 +26,7 @@ from rich.table import Table
 
 from gfrnn.config import preset, sizes
 from gfrnn.nn import GatedFeedbackRNN, build_language_model
-from gfrnn.training.objective import gemm_peak
+from gfrnn.training.flops import gemm_peak
 
 
 def our_step(name: str, dtype: str, rows: int, steps: int, device: torch.device, *, reference: bool = False):

@@ -1,46 +1,120 @@
 """From a running trainer to a Checkpoint and back, whatever the ZeRO stage and the number of processes.
 
-All functions are collective: every rank calls them, rank 0 gets the result.
+Every rank calls all of it: what gathers is collective, and weights, moments and averages arrive on rank 0.
 Legend: L layers, B rows of a micro-batch, R global rows, H units.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gfrnn.config import RunFailed, Settings
 from gfrnn.data import Streams
 from gfrnn.nn import LanguageModel, State
-from gfrnn.runs import TensorsByName
+from gfrnn.runs import Checkpoint, RunFolder, TensorsByName
 from gfrnn.training.shards import Average, Shards
 
 _PREFIX = "model."  # of parameter names in SegmentLoss; a checkpoint has those of LanguageModel
 
 
-def model_names(full: TensorsByName) -> TensorsByName:
+@dataclass
+class Position:
+    """Where a run is: plain values, kept in trainer.json."""
+
+    step: int = 0
+    """Updates done."""
+    wall_clock_s: float = 0.0
+    """Seconds of training so far, restarts included."""
+    best_bpc: float | None = None
+    best_step: int = 0
+    without_best: int = 0
+    """Validations since the best one."""
+    rate_scale: float = 1.0
+    mean_norm: float = 0.0
+    """Of ExplosionGuard."""
+    average_count: int = 0
+    optimizer_step: int = 0
+
+
+def gather_checkpoint(
+    position: Position,
+    settings: Settings,
+    shards: Shards,
+    average: Average | None,
+    states: Sequence[State],
+    streams: Streams,
+    mlflow_run_id: str | None,
+) -> Checkpoint:
+    """Everything that must survive a restart; counts of the optimizer and the average go into `position` first."""
+    moments, position.optimizer_step = shards.optimizer_state(on_all_ranks=False)
+    averages = None
+    if average is not None and average.count:
+        position.average_count = average.count
+        averages = _model_names(average.weights(on_all_ranks=False))
+    return Checkpoint(
+        weights=_model_names(shards.weights(on_all_ranks=False)),
+        optimizer={key: _model_names(full) for key, full in moments.items()},
+        averages=averages,
+        state=_gather_state(states, streams),
+        trainer={
+            "position": dataclasses.asdict(position),
+            "settings": settings.to_json(),
+            "mlflow_run_id": mlflow_run_id,
+        },
+    )
+
+
+def write_checkpoint(
+    run: RunFolder, saved: Checkpoint, step: int, *, best: bool, keep_last: int, device: torch.device
+) -> None:
+    """Rank 0 writes what gather_checkpoint gave it; every rank raises if that fails."""
+    failure = None
+    if dist.get_rank() == 0:
+        try:
+            run.save(saved, step, best=best, keep_last=keep_last)
+        except OSError as error:  # a full disk, say: the others must hear of it, not of a lost connection
+            failure = error
+    failures = torch.tensor(float(failure is not None), device=device)
+    dist.all_reduce(failures)
+    if failures:
+        raise failure or RunFailed("the first process could not write the checkpoint")
+
+
+def restore(saved: Checkpoint, settings: Settings, shards: Shards, average: Average | None) -> Position:
+    """Loads weights, averages and, if it is of the settings' kind, the optimizer's state. No communication.
+
+    Returns where the run was that wrote the checkpoint.
+    """
+    position = Position(**saved.trainer["position"])
+    shards.load_weights(_engine_names(saved.weights))
+    if saved.trainer["settings"]["optimization"]["optimizer"] == settings.optimization.optimizer:
+        moments = {key: _engine_names(full) for key, full in saved.optimizer.items()}
+        shards.load_optimizer_state(moments, position.optimizer_step)
+    if average is not None and saved.averages is not None:
+        average.load(_engine_names(saved.averages), position.average_count)
+    return position
+
+
+def best_weights(shards: Shards, average: Average | None) -> TensorsByName:
+    """What validation uses, by name, on every rank: the averages once there are any, else the weights."""
+    return _model_names((average if average is not None and average.count else shards).weights())
+
+
+def _model_names(full: TensorsByName) -> TensorsByName:
     return {name.removeprefix(_PREFIX): tensor for name, tensor in full.items()}
 
 
-def engine_names(full: TensorsByName) -> TensorsByName:
+def _engine_names(full: TensorsByName) -> TensorsByName:
     return {_PREFIX + name: tensor for name, tensor in full.items()}
 
 
-def gather_weights(shards: Shards, average: Average | None, *, on_all_ranks: bool) -> TensorsByName:
-    """The weights that validation and sampling use, by name: the averages once there are any, else the weights."""
-    source = average if average is not None and average.count else shards
-    return model_names(source.weights(on_all_ranks=on_all_ranks))
-
-
-def gather_optimizer(shards: Shards) -> tuple[dict[str, TensorsByName], int]:
-    """The optimizer's state by key and parameter name, and its count of steps; empty but on rank 0."""
-    moments, step = shards.optimizer_state(on_all_ranks=False)
-    return {key: model_names(full) for key, full in moments.items()}, step
-
-
-def gather_state(states: Sequence[State], streams: Streams) -> TensorsByName:
+def _gather_state(states: Sequence[State], streams: Streams) -> TensorsByName:
     """The carried state by global row: h (and c) [L, R, H]."""
     full: TensorsByName = {}
     for key, parts in _by_key(states).items():
@@ -57,7 +131,7 @@ def gather_state(states: Sequence[State], streams: Streams) -> TensorsByName:
 def scatter_state(
     full: TensorsByName, model: LanguageModel, streams: Streams, accumulation: int, device: torch.device
 ) -> list[State]:
-    """The inverse of gather_state: each micro-batch's slice; padding rows start at zero."""
+    """Each micro-batch's slice of a checkpoint's carried state; padding rows start at zero."""
     states = []
     for micro in range(accumulation):
         state = model.zero_state(streams.rows_per_micro, device)

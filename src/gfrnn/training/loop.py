@@ -1,6 +1,6 @@
 """The training loop: segments in; updates, validations and checkpoints out. One Trainer a process.
 
-What survives a restart is `Position` and what checkpoint.py gathers; everything random is a function of (seed, update).
+What survives a restart is what checkpoint.py gathers; everything random is a function of (seed, update).
 """
 
 from __future__ import annotations
@@ -19,39 +19,27 @@ from gfrnn.config import RunFailed, Settings, sizes
 from gfrnn.data import Bytes, Streams, Text
 from gfrnn.nn import Noise, State, build_language_model
 from gfrnn.nn.noise import hash_numbers
-from gfrnn.runs import Checkpoint, RunFolder, find_checkpoint, load_checkpoint, load_weights, write_json
-from gfrnn.training import checkpoint as gathered
+from gfrnn.runs import RunFolder, find_checkpoint, load_checkpoint, load_weights, write_json
 from gfrnn.training import shards as sharding
+from gfrnn.training.checkpoint import (
+    Position,
+    best_weights,
+    gather_checkpoint,
+    restore,
+    scatter_state,
+    write_checkpoint,
+)
 from gfrnn.training.ds_config import stage_of
 from gfrnn.training.engine import build_optimizer, initialize
 from gfrnn.training.evaluation import score
-from gfrnn.training.objective import SegmentLoss, gemm_peak
+from gfrnn.training.flops import gemm_peak
+from gfrnn.training.objective import SegmentLoss
 from gfrnn.training.progress import TrainingProgress
 from gfrnn.training.sample import generate
 from gfrnn.training.schedule import ExplosionGuard, learning_rate
 from gfrnn.training.stopping import StopFlag
 
 _RESETS = 0x5E5E7  # keeps the random numbers of resets apart from those of masks
-
-
-@dataclass
-class Position:
-    """Where a run is: plain values, kept in trainer.json."""
-
-    step: int = 0
-    """Updates done."""
-    wall_clock_s: float = 0.0
-    """Seconds of training so far, restarts included."""
-    best_bpc: float | None = None
-    best_step: int = 0
-    without_best: int = 0
-    """Validations since the best one."""
-    last_valid_step: int = 0
-    rate_scale: float = 1.0
-    mean_norm: float = 0.0
-    """Of ExplosionGuard."""
-    average_count: int = 0
-    optimizer_step: int = 0
 
 
 class Done(NamedTuple):
@@ -103,13 +91,13 @@ class Trainer:
         self.stop = StopFlag(settings.run.time_limit)
         self.progress = TrainingProgress(self.total, 0, enabled=False)  # replaced when training begins
 
-        latest = run.named_checkpoint("latest")
-        if latest is None and settings.start_from is not None:
-            latest = find_checkpoint(settings.start_from)
-        saved = load_checkpoint(latest) if latest is not None else None
+        own = run.named_checkpoint("latest")
+        latest = find_checkpoint(settings.start_from) if own is None and settings.start_from is not None else own
         model = build_language_model(settings.model, batch.dtype, settings.seed)
-        if saved is not None and latest is not None:  # before DeepSpeed makes its own copies
-            load_weights(model, saved.weights, latest)
+        saved = None
+        if latest is not None:
+            saved = load_checkpoint(latest)
+            load_weights(model, saved.weights, latest)  # before DeepSpeed makes its own copies
         # a plain copy for validation and sampling: neither ever touches the engine's weights
         self.plain_model = build_language_model(settings.model, batch.dtype, settings.seed).to(device).eval()
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -125,7 +113,11 @@ class Trainer:
         self.states: list[State] = []
         self._zero_states()
         if saved is not None:
-            self._restore(saved)
+            self.position = restore(saved, settings, self.shards, self.average)
+            if own is None:  # another run's checkpoint: its best is not this one's
+                self.position = dataclasses.replace(self.position, best_bpc=None, best_step=0, without_best=0)
+            if saved.trainer["settings"]["batch"]["rows"] == batch.rows:  # else other rows: they start at zero
+                self.states = scatter_state(saved.state, self.plain_model, self.streams, batch.accumulation, device)
         self.saved_step = self.position.step if saved is not None else -1
         self.last_save = time.monotonic()
         self.guard = ExplosionGuard(optimization.halve_on_explosion, self.position.rate_scale, self.position.mean_norm)
@@ -245,12 +237,11 @@ class Trainer:
     def _validate(self) -> None:
         """Scores the validation text with the averaged weights (else the weights); a new best is saved as such."""
         run, position = self.settings.run, self.position
-        self.plain_model.load_state_dict(gathered.gather_weights(self.shards, self.average, on_all_ranks=True))
+        self.plain_model.load_state_dict(best_weights(self.shards, self.average))
         text = self.text.valid[: run.valid_bytes or None]
         bpc = self._score(text)
         if not math.isfinite(bpc):  # an update whose own loss was still finite
             self._fail(f"validation loss is not finite after update {position.step}")
-        position.last_valid_step = position.step
         best = position.best_bpc is None or bpc < position.best_bpc
         if best:
             position.best_bpc, position.best_step, position.without_best = bpc, position.step, 0
@@ -344,52 +335,11 @@ class Trainer:
         now = self._wall_clock()
         position.wall_clock_s, self.clock = now, time.monotonic()
         position.rate_scale, position.mean_norm = self.guard.scale, self.guard.mean
-        optimizer, position.optimizer_step = gathered.gather_optimizer(self.shards)
-        averages = None
-        if self.average is not None and self.average.count:
-            position.average_count = self.average.count
-            averages = gathered.gather_weights(self.shards, self.average, on_all_ranks=False)
-        checkpoint = Checkpoint(
-            weights=gathered.gather_weights(self.shards, None, on_all_ranks=False),
-            optimizer=optimizer,
-            averages=averages,
-            state=gathered.gather_state(self.states, self.streams),
-            trainer={
-                "position": dataclasses.asdict(position),
-                "settings": self.settings.to_json(),
-                "mlflow_run_id": self.run.mlflow_run_id(),
-            },
-        )
-        failure = None
-        if self.rank == 0:
-            try:
-                self.run.save(checkpoint, position.step, best=best, keep_last=self.settings.run.keep_last)
-            except OSError as error:  # a full disk, say: the others must hear of it, not of a lost connection
-                failure = error
-        failures = torch.tensor(float(failure is not None), device=self.device)
-        dist.all_reduce(failures)
-        if failures:
-            raise failure or RunFailed("the first process could not write the checkpoint")
+        run_id = self.run.mlflow_run_id()
+        saved = gather_checkpoint(position, self.settings, self.shards, self.average, self.states, self.streams, run_id)
+        keep_last = self.settings.run.keep_last
+        write_checkpoint(self.run, saved, position.step, best=best, keep_last=keep_last, device=self.device)
         self.saved_step, self.last_save = position.step, time.monotonic()
-
-    def _restore(self, saved: Checkpoint) -> None:
-        """Goes on where a checkpoint was made: this run's, or another's that it starts from."""
-        then = Settings.from_json(saved.trainer["settings"])
-        self.position = Position(**saved.trainer["position"])
-        if self.run.named_checkpoint("latest") is None:
-            self.position = dataclasses.replace(
-                self.position, best_bpc=None, best_step=0, without_best=0, last_valid_step=0
-            )
-        self.shards.load_weights(gathered.engine_names(saved.weights))
-        moments = {key: gathered.engine_names(full) for key, full in saved.optimizer.items()}
-        if then.optimization.optimizer == self.settings.optimization.optimizer:
-            self.shards.load_optimizer_state(moments, self.position.optimizer_step)
-        if self.average is not None and saved.averages is not None:
-            self.average.load(gathered.engine_names(saved.averages), self.position.average_count)
-        if then.batch.rows != self.settings.batch.rows:
-            return  # the carried state is of other rows: it starts at zero
-        accumulation = self.settings.batch.accumulation
-        self.states = gathered.scatter_state(saved.state, self.plain_model, self.streams, accumulation, self.device)
 
     def _finish(self) -> dict[str, Any]:
         """Tests the best weights, samples from them and writes the summary."""

@@ -5,7 +5,6 @@ Legend: T steps, B rows of a micro-batch, V symbols.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from gfrnn.nn import LanguageModel, Noise, State
@@ -29,19 +28,3 @@ class SegmentLoss(nn.Module):
         logits_TBV, state = self.model(inputs_TB, state, noise=noise)
         bits = (bits_TB(logits_TBV, targets_TB) * weights_B).sum()
         return bits / divisor, bits.detach(), detach(state)
-
-
-def gemm_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> float:
-    """FLOP/s of a large product on this device now, as model FLOP utilisation is measured against; best of several."""
-    import time
-
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best, begin = 0.0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
