@@ -61,25 +61,6 @@ class Plan:
         """Layers at t-1 that unit gates read."""
         return self.num_layers if self.feedback != "none" and self.unit_gates == "all" else 1
 
-    @property
-    def all_rows(self) -> slice:
-        """Rows of K whose recurrent part is one ungated product with h* of all layers."""
-        H, GH, K = self.hidden_size, self.unit_rows, self.rows
-        start = 0 if self.feedback == "full" else H
-        if self.feedback == "none":
-            return slice(K, K)
-        if self.unit_gates == "all":
-            return slice(start, K)
-        return slice(0, H) if self.feedback == "full" else slice(GH, K)
-
-    @property
-    def own_rows(self) -> slice:
-        """Rows of K whose recurrent part is a product with the layer's own h."""
-        H, GH = self.hidden_size, self.unit_rows
-        if self.feedback == "none":
-            return slice(0, GH)
-        return slice(H, GH) if self.unit_gates == "own" else slice(GH, GH)
-
 
 class LayerWeights(NamedTuple):
     """One layer's parameters, None where the plan has no such part."""
@@ -102,11 +83,3 @@ class LayerWeights(NamedTuple):
     """[H], layer norm of the LSTM's cell."""
     cell_bias: Tensor | None
     """[H]."""
-
-
-def recurrent_rows(weights: LayerWeights, plan: Plan, rows: slice) -> Tensor:
-    """The recurrent weights [rows, sources * H] of a contiguous range of K (one that all has the same sources)."""
-    H, GH = plan.hidden_size, plan.unit_rows
-    parts = [(slice(0, H), weights.candidate), (slice(H, GH), weights.unit), (slice(GH, plan.rows), weights.gates)]
-    chosen = [part for span, part in parts if part is not None and rows.start <= span.start < span.stop <= rows.stop]
-    return torch.cat(chosen) if len(chosen) > 1 else chosen[0]

@@ -1,17 +1,20 @@
 """The fast path: T steps of gated feedback as one autograd.Function with its own backward through time.
 
-Most of a step depends only on h*_{t-1}, so it is done first, in a few large products (`_Products.recurrent`); what is
-left in the chain over layers is one product with the layer below, the global gates' weighted sum and the unit. Since a
-global gate is a scalar, U^{i->j} h^i is made for all pairs before any gate is known. Backward keeps the gradients of
-all pre-activations and makes the weight gradients after the loop, as products over all T * B rows, a layer at a time.
+Features come first and rows of the batch last everywhere, so that weights are the left operand of every product, where
+they need no packing (products.py), and every product writes what the next reads. A layer's step is: the layer below,
+the unit gates' and the candidate's recurrent products, each adding to the one before, and the unit. Backward has the
+same products with the transposed weights, made once; weight gradients are products over all T * B columns after the
+loop, a layer at a time.
 
-Legend: T steps, B rows, L layers, H units, G, K as in plan.py, N = K * (L with input skips, else 1).
-Products have operands of plan.compute_dtype; everything kept between them has the parameters' dtype.
+Legend: T steps, B rows, R = T * B, L layers, H units, G, K as in plan.py, N = K * (L with input skips, else 1),
+U = G - 1 unit gates, S = H * sources of a product. Products have operands of plan.compute_dtype; everything kept
+between them has the parameters' dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,14 +22,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfrnn.nn import units
-from gfrnn.nn.plan import LayerWeights, Plan, recurrent_rows
+from gfrnn.nn.plan import LayerWeights, Plan
+from gfrnn.nn.products import packed, product, product_transposed
 
 _FIELDS = len(LayerWeights._fields)
 
 
 def recurrence(
     plan: Plan,
-    x_TBN: Tensor,
+    x_NTB: Tensor,
     h_BLH: Tensor,
     c_BLH: Tensor | None,
     below_mask_LBH: Tensor | None,
@@ -35,72 +39,41 @@ def recurrence(
     """Same arguments, result and gradients as reference.recurrence_reference."""
     flat = [tensor for layer in weights for tensor in layer]
     run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
-    return run(plan, x_TBN, h_BLH, c_BLH, below_mask_LBH, *flat)
+    return run(plan, x_NTB, h_BLH, c_BLH, below_mask_LBH, *flat)
 
 
-class _Products:
-    """The weights as the products of a step read them, in the compute dtype, and those products."""
+class _Left:
+    """The weights as left operands: in the compute dtype, as they lie or transposed."""
 
-    def __init__(self, plan: Plan, weights: list[LayerWeights], dtype: torch.dtype):
-        self.plan, self.dtype = plan, dtype
-        L, H = plan.num_layers, plan.hidden_size
-        all_rows, own_rows = plan.all_rows, plan.own_rows
-        self.n_all = all_rows.stop - all_rows.start
-        self.n_own = own_rows.stop - own_rows.start
-        self.below = [w.below.to(dtype) if w.below is not None else None for w in weights]
-        self.all: Tensor | None = None  # [L * n_all, L * H]
-        if self.n_all:
-            self.all = torch.cat([recurrent_rows(w, plan, all_rows) for w in weights]).to(dtype)
-        self.own = [recurrent_rows(w, plan, own_rows).to(dtype) for w in weights] if self.n_own else []
-        self.candidate: list[Tensor] = []  # target j: [H, L * H]
-        self.pairs: list[Tensor] = []  # source i: [L * H (targets), H]
-        if plan.feedback == "gated":
-            self.candidate = [w.candidate.to(dtype) for w in weights]
-            stacked = torch.stack(self.candidate).unflatten(2, (L, H))
-            self.pairs = [stacked[:, :, i].reshape(L * H, H) for i in range(L)]
+    def __init__(self, plan: Plan, weights: list[LayerWeights], dtype: torch.dtype, *, transposed: bool):
+        def left(weight: Tensor | None) -> Tensor | None:
+            if weight is None:
+                return None
+            weight = weight.to(dtype)
+            return (weight.t() if transposed else weight).contiguous()
 
-    def cast(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype)
-
-    def recurrent(self, h_BLH: Tensor, r_BLK: Tensor, pairs_LBLH: Tensor | None) -> None:
-        """All that needs only h at t - 1: r, the recurrent pre-activations, and pairs[i, :, j] = U^{i->j} h^i."""
-        h_BLH = self.cast(h_BLH)
-        B = len(h_BLH)
-        if self.all is not None:
-            product = _product(h_BLH.reshape(B, -1), self.all.T, r_BLK.dtype)
-            r_BLK[:, :, self.plan.all_rows] = product.view(B, -1, self.n_all)
-        for j, weight in enumerate(self.own):
-            r_BLK[:, j, self.plan.own_rows] = _product(h_BLH[:, j], weight.T, r_BLK.dtype)
-        if pairs_LBLH is not None:
-            for i, weight in enumerate(self.pairs):
-                pairs_LBLH[i] = _product(h_BLH[:, i], weight.T, r_BLK.dtype).view(pairs_LBLH.shape[1:])
-
-    def recurrent_backward(self, d_BLK: Tensor, d_h_BLH: Tensor) -> None:
-        """Adds to d_h what r's gradient d sends back."""
-        B = len(d_BLK)
-        if self.all is not None:
-            d_all = self.cast(d_BLK[:, :, self.plan.all_rows]).reshape(B, -1)
-            _add_product(d_h_BLH.view(B, -1), d_all, self.all)
-        for j, weight in enumerate(self.own):
-            _add_product(d_h_BLH[:, j], self.cast(d_BLK[:, j, self.plan.own_rows]), weight)
+        self.below = [left(w.below) for w in weights]
+        self.candidate = [left(w.candidate) for w in weights]
+        self.unit = [left(w.unit) for w in weights]
+        gated = plan.feedback == "gated"
+        # all layers' global gates at once: [L * L, L * H]
+        self.gates = left(torch.cat([w.gates for w in weights if w.gates is not None])) if gated else None
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with a result of `dtype`, where a and b may be of a narrower one.
+@dataclass
+class _Kept:
+    """What backward needs of one layer at one step, besides h and c."""
 
-    Products accumulate in fp32 everywhere; the CPU has none with a wider result and rounds once, at the end.
-    """
-    if a.is_cuda and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, where a and b may be of a narrower dtype."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(_product(a, b, out.dtype))
+    n_HB: Tensor
+    """Candidate."""
+    u_UHB: Tensor | None
+    """Unit gates."""
+    g_LB: Tensor | None
+    """Global gates that end here."""
+    s_HB: Tensor | None
+    """GRU: what the reset gate multiplies."""
+    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Layer norm: (normalised, 1 / standard deviation) of the candidate, the unit gates, the cell."""
 
 
 class Recurrence(torch.autograd.Function):
@@ -110,222 +83,276 @@ class Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
-        x_TBN: Tensor,
+        x_NTB: Tensor,
         h_BLH: Tensor,
         c_BLH: Tensor | None,
         mask_LBH: Tensor | None,
         *flat: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         weights = _layers(flat)
-        T, B = x_TBN.shape[:2]
+        T, B = x_NTB.shape[1:]
         L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
-        products = _Products(plan, weights, plan.compute_dtype or x_TBN.dtype)
-        gated, norm, gru, lstm = plan.feedback == "gated", plan.layer_norm, plan.unit == "gru", plan.has_cell
+        dtype, narrow = x_NTB.dtype, plan.compute_dtype or x_NTB.dtype
+        left = _Left(plan, weights, narrow, transposed=False)
+        # normalised rows get their bias after that; here the others'
+        bias_K1 = [w.bias.unsqueeze(1).clone() for w in weights]
+        for bias, w in zip(bias_K1, weights, strict=True):
+            bias[:GH] *= w.gain is None
 
-        a_TBLK = x_TBN.new_empty(T, B, L, K)  # pre-activations, then activations
-        hs_TBLH = x_TBN.new_empty(T + 1, B, L, H)
-        hs_TBLH[0] = h_BLH
-        cs_TBLH = x_TBN.new_empty(T + 1 if lstm else 0, B, L, H)
+        hs_TLHB = x_NTB.new_empty(T + 1, L, H, B)
+        hs_TLHB[0] = h_BLH.permute(1, 2, 0)
+        cs_TLHB = x_NTB.new_empty(T + 1 if plan.has_cell else 0, L, H, B)
         if c_BLH is not None:
-            cs_TBLH[0] = c_BLH
-        s_TBLH = x_TBN.new_empty(T if gru else 0, B, L, H)  # GRU: what the reset gate multiplies
-        normal_TBLG = x_TBN.new_empty(T if norm else 0, B, L, GH)
-        rstd_TBLg = x_TBN.new_empty(T if norm else 0, B, L, GH // H)
-        cell_TBLH = x_TBN.new_empty(T if norm and lstm else 0, B, L, H)
-        cell_rstd_TBL1 = x_TBN.new_empty(T if norm and lstm else 0, B, L, 1)
-        r_BLK = x_TBN.new_empty(B, L, K)
-        pairs_LBLH = x_TBN.new_empty(L, B, L, H) if gated else None
-
+            cs_TLHB[0] = c_BLH.permute(1, 2, 0)
+        mask_LHB = mask_LBH.transpose(1, 2).contiguous() if mask_LBH is not None else None
+        kept: list[list[_Kept]] = []
         for t in range(T):
-            products.recurrent(hs_TBLH[t], r_BLK, pairs_LBLH)
-            below_BH = hs_TBLH[t + 1, :, 0]
+            h_LHB = hs_TLHB[t]
+            narrow_h_LHB = h_LHB.to(narrow)
+            gates_LLB = None
+            if left.gates is not None:
+                gates_LLB = product(left.gates, narrow_h_LHB.view(L * H, B), dtype).view(L, L, B)
+            kept.append([])
+            below_HB = h_LHB[0]  # of layer j - 1; layer 0 has none
             for j, w in enumerate(weights):
-                a = a_TBLK[t, :, j]
                 if plan.input_skips or j == 0:
-                    a.copy_(x_TBN[t, :, j * K : (j + 1) * K])
+                    a_KB = x_NTB[j * K : (j + 1) * K, t] + bias_K1[j]
                 else:
-                    a.zero_()
-                weight = products.below[j]
-                if weight is not None:
-                    y = below_BH if mask_LBH is None else below_BH * mask_LBH[j - 1]
-                    _add_product(a, products.cast(y), weight.T)
-                a[:, H:] += r_BLK[:, j, H:]
+                    a_KB = bias_K1[j].expand(K, B).contiguous()
+                below = left.below[j]
+                if below is not None:
+                    y_HB = below_HB if mask_LHB is None else below_HB * mask_LHB[j - 1]
+                    a_KB = product(below, y_HB.to(narrow), dtype, a_KB)
 
-                if pairs_LBLH is not None:
-                    g = a[:, GH:].add_(w.bias[GH:]).sigmoid_()
-                    s = torch.einsum("bi,ibh->bh", g, pairs_LBLH[:, :, j])
+                g_LB, source_SB = None, narrow_h_LHB.view(L * H, B)
+                if gates_LLB is not None:
+                    g_LB = gates_LLB[j].add_(a_KB[GH:]).sigmoid_()
+                    source_SB = (h_LHB * g_LB.unsqueeze(1)).to(narrow).view(L * H, B)
+                elif plan.feedback == "none":
+                    source_SB = narrow_h_LHB[j]
+                candidate, unit = left.candidate[j], left.unit[j]
+                assert candidate is not None
+                u_UHB = s_HB = None
+                if unit is not None:
+                    read_SB = narrow_h_LHB.view(L * H, B) if plan.unit_sources > 1 else narrow_h_LHB[j]
+                    u_UHB = product(unit, read_SB, dtype, a_KB[H:GH]).view(-1, H, B)
+                if plan.unit == "gru":
+                    s_HB = product(candidate, source_SB, dtype)
+                    if w.hidden_bias is not None:
+                        s_HB += w.hidden_bias.unsqueeze(1)
+                    n_HB = a_KB[:H]
                 else:
-                    s = r_BLK[:, j, :H]
+                    n_HB = product(candidate, source_SB, dtype, a_KB[:H])
+                now = _Kept(n_HB, u_UHB, g_LB, s_HB)
+                kept[t].append(now)
 
-                h_next = hs_TBLH[t + 1, :, j]
-                if gru:
-                    s_TBLH[t, :, j] = s if w.hidden_bias is None else s + w.hidden_bias
-                    _squash(a, slice(H, GH), w, H, normal_TBLG, rstd_TBLg, t, j)
-                    units.gru_gates_forward(a[:, :GH], s_TBLH[t, :, j])
-                    _squash(a, slice(0, H), w, H, normal_TBLG, rstd_TBLg, t, j)
-                    a[:, :H].tanh_()
-                    units.gru_output_forward(a[:, :GH], hs_TBLH[t, :, j], h_next)
-                else:
-                    a[:, :H] += s
-                    _squash(a, slice(0, GH), w, H, normal_TBLG, rstd_TBLg, t, j)
-                    if lstm:
-                        cell = cs_TBLH[t + 1, :, j]
-                        units.lstm_gates_forward(a[:, :GH], cs_TBLH[t, :, j], cell)
-                        if w.cell_gain is not None and w.cell_bias is not None:
-                            cell_TBLH[t, :, j], cell_rstd_TBL1[t, :, j] = units.norm_forward(cell)
-                            cell = torch.addcmul(w.cell_bias, cell_TBLH[t, :, j], w.cell_gain)
-                        torch.mul(a[:, 3 * H : GH], torch.tanh(cell), out=h_next)
-                    else:
-                        torch.tanh(a[:, :H], out=h_next)
-                below_BH = h_next + below_BH if plan.residual and j > 0 else h_next
+                h_next = hs_TLHB[t + 1, j]
+                if u_UHB is not None:
+                    _squash(u_UHB, slice(H, GH), w, now, "unit")
+                if s_HB is not None:
+                    assert u_UHB is not None
+                    units.gru_gates_forward(n_HB, u_UHB, s_HB)
+                _squash(n_HB.unsqueeze(0), slice(0, H), w, now, "candidate")
+                if plan.unit == "tanh":
+                    torch.tanh(n_HB, out=h_next)
+                elif u_UHB is not None and s_HB is not None:
+                    n_HB.tanh_()
+                    units.gru_output_forward(n_HB, u_UHB, h_LHB[j], h_next)
+                elif u_UHB is not None:
+                    cell = cs_TLHB[t + 1, j]
+                    units.lstm_gates_forward(n_HB, u_UHB, cs_TLHB[t, j], cell)
+                    if w.cell_gain is not None and w.cell_bias is not None:
+                        now.norms["cell"] = units.norm_forward(cell)
+                        cell = torch.addcmul(w.cell_bias.unsqueeze(1), now.norms["cell"][0], w.cell_gain.unsqueeze(1))
+                    torch.mul(u_UHB[2], torch.tanh(cell), out=h_next)
+                below_HB = h_next + below_HB if plan.residual and j > 0 else h_next
 
-        ctx.plan, ctx.products = plan, products
-        ctx.save_for_backward(
-            mask_LBH, a_TBLK, hs_TBLH, cs_TBLH, s_TBLH, normal_TBLG, rstd_TBLg, cell_TBLH, cell_rstd_TBL1, *flat
-        )
-        h_next_BLH = hs_TBLH[T].clone()
-        c_next_BLH = cs_TBLH[T].clone() if lstm else None
-        passed_TBLH = _passed_up(plan, hs_TBLH[1:])
-        y_TBY = passed_TBLH.flatten(2) if plan.output_skips else passed_TBLH[:, :, -1]
-        return y_TBY.clone(memory_format=torch.contiguous_format), h_next_BLH, c_next_BLH
+        ctx.plan, ctx.kept, ctx.mask_LHB = plan, kept, mask_LHB
+        ctx.save_for_backward(hs_TLHB, cs_TLHB, *flat)
+        passed_TLHB = _passed_up(plan, hs_TLHB[1:])
+        y_TYB = passed_TLHB.flatten(1, 2) if plan.output_skips else passed_TLHB[:, -1]
+        h_next_BLH = hs_TLHB[T].permute(2, 0, 1).contiguous()
+        c_next_BLH = cs_TLHB[T].permute(2, 0, 1).contiguous() if plan.has_cell else None
+        return y_TYB.transpose(1, 2).contiguous(), h_next_BLH, c_next_BLH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y_TBY: Tensor, d_h_last_BLH: Tensor, d_c_last_BLH: Tensor | None) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
-        products: _Products = ctx.products
-        mask_LBH, a_TBLK, hs_TBLH, cs_TBLH, s_TBLH, normal_TBLG, rstd_TBLg, cell_TBLH, cell_rstd_TBL1, *flat = (
-            ctx.saved_tensors
-        )
+        kept: list[list[_Kept]] = ctx.kept
+        mask_LHB: Tensor | None = ctx.mask_LHB
+        hs_TLHB, cs_TLHB, *flat = ctx.saved_tensors
         weights = _layers(flat)
-        T, B = a_TBLK.shape[:2]
-        L, H, GH = plan.num_layers, plan.hidden_size, plan.unit_rows
-        gated, gru, lstm = plan.feedback == "gated", plan.unit == "gru", plan.has_cell
+        T, B = len(kept), hs_TLHB.shape[-1]
+        L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
+        dtype, narrow = hs_TLHB.dtype, plan.compute_dtype or hs_TLHB.dtype
+        left = _Left(plan, weights, narrow, transposed=True)
+        d_y_TYB = d_y_TBY.transpose(1, 2).contiguous()
 
-        d_TBLK = torch.empty_like(a_TBLK)  # gradients of pre-activations (before normalisation)
-        d_s_TBLH = torch.empty_like(s_TBLH) if gru else d_TBLK[..., :H]  # of the candidate's recurrent sum
+        d_LKTB = hs_TLHB.new_empty(L, K, T, B)  # gradients of pre-activations (before normalisation)
+        # of the candidate's recurrent sum, where it differs from that of its pre-activation
+        d_s_LHTB = hs_TLHB.new_empty(L, H, T, B) if plan.unit == "gru" else d_LKTB[:, :H]
         gain_grads = [_NormGradients(w) for w in weights]
-        d_h_BLH = d_h_last_BLH.clone()  # of h at t, as far as later steps ask for it
-        d_c_BLH = d_c_last_BLH.contiguous().clone() if d_c_last_BLH is not None else a_TBLK.new_zeros(B, L, H)
+        d_h_LHB = d_h_last_BLH.permute(1, 2, 0).contiguous()  # of h at t, as far as later steps ask for it
+        d_c_LHB = torch.zeros_like(d_h_LHB)
+        if d_c_last_BLH is not None:
+            d_c_LHB.copy_(d_c_last_BLH.permute(1, 2, 0))
+        d_gates_LLB = hs_TLHB.new_empty(L, L, B)
         for t in reversed(range(T)):
-            d_h_before_BLH = a_TBLK.new_zeros(B, L, H)
-            d_below_BH = d_y_TBY[t, :, -H:]  # of what layer j passes up
+            h_LHB = hs_TLHB[t]
+            d_before_LHB = torch.zeros_like(d_h_LHB)
+            d_below_HB = d_y_TYB[t, -H:]  # of what layer j passes up
             for j in reversed(range(L)):
-                w, a, d = weights[j], a_TBLK[t, :, j], d_TBLK[t, :, j]
-                d_h = d_h_BLH[:, j] + d_below_BH
-                h_before = hs_TBLH[t, :, j]
-                if lstm:
-                    o = a[:, 3 * H : GH]
-                    if w.cell_gain is not None and w.cell_bias is not None:
-                        normal = cell_TBLH[t, :, j]
-                        tanh_c = torch.tanh(torch.addcmul(w.cell_bias, normal, w.cell_gain))
-                        d_cell = d_h * o * (1 - tanh_c * tanh_c)
-                        gain_grads[j].add_cell(d_cell, normal)
-                        d_cell = units.norm_backward(d_cell * w.cell_gain, normal, cell_rstd_TBL1[t, :, j])
-                    else:
-                        tanh_c = torch.tanh(cs_TBLH[t + 1, :, j])
-                        d_cell = d_h * o * (1 - tanh_c * tanh_c)
-                    torch.mul(d_h * tanh_c, o * (1 - o), out=d[:, 3 * H : GH])
-                    d_c_BLH[:, j] = units.lstm_gates_backward(
-                        d_cell + d_c_BLH[:, j], a[:, :GH], cs_TBLH[t, :, j], d[:, :GH]
-                    )
-                    _squash_backward(d, slice(0, GH), w, H, normal_TBLG, rstd_TBLg, t, j, gain_grads[j])
-                elif gru:
-                    d_h_before_BLH[:, j] += units.gru_output_backward(d_h, a[:, :GH], h_before, d[:, :GH])
-                    _squash_backward(d, slice(0, H), w, H, normal_TBLG, rstd_TBLg, t, j, gain_grads[j])
-                    d_s_TBLH[t, :, j] = units.gru_gates_backward(d[:, :H], a[:, :GH], s_TBLH[t, :, j], d[:, :GH])
-                    _squash_backward(d, slice(H, GH), w, H, normal_TBLG, rstd_TBLg, t, j, gain_grads[j])
+                w, now = weights[j], kept[t][j]
+                n_HB, u_UHB, s_HB = now.n_HB, now.u_UHB, now.s_HB
+                d_h = d_h_LHB[j] + d_below_HB
+                d_KB = d_h.new_empty(K, B)
+                d_GHB = d_KB[:GH].view(-1, H, B)
+                if plan.unit == "tanh":
+                    n = hs_TLHB[t + 1, j]
+                    torch.mul(d_h, 1 - n * n, out=d_GHB[0])
+                elif u_UHB is not None and s_HB is not None:
+                    d_before_LHB[j] += units.gru_output_backward(d_h, n_HB, u_UHB, h_LHB[j], d_GHB)
+                elif u_UHB is not None:
+                    d_cell = _cell_backward(w, now, u_UHB[2], cs_TLHB[t + 1, j], d_h, d_GHB[3], gain_grads[j])
+                    d_c_LHB[j] = units.lstm_gates_backward(d_c_LHB[j] + d_cell, n_HB, u_UHB, cs_TLHB[t, j], d_GHB)
+                _squash_backward(d_GHB[:1], slice(0, H), w, now, "candidate", gain_grads[j])
+                d_s_HB = d_GHB[0]
+                if u_UHB is not None:
+                    if s_HB is not None:
+                        d_s_HB = units.gru_gates_backward(d_GHB[0], u_UHB, s_HB, d_GHB)
+                        d_s_LHTB[j, :, t] = d_s_HB
+                    _squash_backward(d_GHB[1:], slice(H, GH), w, now, "unit", gain_grads[j])
+
+                candidate, unit, below = left.candidate[j], left.unit[j], left.below[j]
+                assert candidate is not None
+                narrow_d_KB = d_KB[:GH].to(narrow)
+                narrow_d_s_HB = narrow_d_KB[:H] if s_HB is None else d_s_HB.to(narrow)
+                if now.g_LB is not None:  # gradient of the gated states [g^i h^i], which gives that of g and of h
+                    d_gated_LHB = product(candidate, narrow_d_s_HB, dtype).view(L, H, B)
+                    torch.mul((d_gated_LHB * h_LHB).sum(1), now.g_LB * (1 - now.g_LB), out=d_gates_LLB[j])
+                    d_KB[GH:] = d_gates_LLB[j]
+                    d_before_LHB.addcmul_(d_gated_LHB, now.g_LB.unsqueeze(1))
+                elif plan.feedback == "none":
+                    d_before_LHB[j] += product(candidate, narrow_d_s_HB, dtype)
                 else:
-                    n = hs_TBLH[t + 1, :, j]
-                    torch.mul(d_h, 1 - n * n, out=d[:, :H])
-                    _squash_backward(d, slice(0, H), w, H, normal_TBLG, rstd_TBLg, t, j, gain_grads[j])
+                    d_before_LHB = _sum(candidate, narrow_d_s_HB, d_before_LHB)
+                if unit is not None:
+                    if plan.unit_sources > 1:
+                        d_before_LHB = _sum(unit, narrow_d_KB[H:], d_before_LHB)
+                    else:
+                        d_before_LHB[j] += product(unit, narrow_d_KB[H:], dtype)
 
-                if gated:  # gradient of the gated states [g^i h^i], which gives that of g and of h
-                    d_gated_BH = _product(products.cast(d_s_TBLH[t, :, j]), products.candidate[j], a.dtype)
-                    d_gated_BLH = d_gated_BH.view(B, L, H)
-                    g = a[:, GH:]
-                    d[:, GH:] = torch.einsum("blh,blh->bl", d_gated_BLH, hs_TBLH[t]) * (g * (1 - g))
-                    d_h_before_BLH.addcmul_(d_gated_BLH, g.unsqueeze(-1))
-
-                if j > 0:
-                    weight = products.below[j]
-                    assert weight is not None
-                    passed = _product(products.cast(d), weight, a.dtype)
-                    if mask_LBH is not None:
-                        passed *= mask_LBH[j - 1]
+                d_LKTB[j, :, t] = d_KB
+                if below is not None:
+                    passed = product(below, d_KB.to(narrow), dtype)
+                    if mask_LHB is not None:
+                        passed *= mask_LHB[j - 1]
                     if plan.residual:
-                        passed = passed + d_below_BH
-                    d_below_BH = passed + d_y_TBY[t, :, (j - 1) * H : j * H] if plan.output_skips else passed
-            d_r_BLK = d_TBLK[t]
-            if gru and not gated:  # the candidate's recurrent part has the gradient of what r multiplies
-                d_r_BLK = torch.cat([d_s_TBLH[t], d_TBLK[t, :, :, H:]], dim=-1)
-            products.recurrent_backward(d_r_BLK, d_h_before_BLH)
-            d_h_BLH = d_h_before_BLH
+                        passed += d_below_HB
+                    if plan.output_skips:
+                        passed += d_y_TYB[t, (j - 1) * H : j * H]
+                    d_below_HB = passed
+            if left.gates is not None:
+                d_before_LHB = _sum(left.gates, d_gates_LLB.view(L * L, B).to(narrow), d_before_LHB)
+            d_h_LHB = d_before_LHB
 
-        flat_grads = _weight_gradients(plan, products, weights, a_TBLK, hs_TBLH, d_TBLK, d_s_TBLH, mask_LBH, gain_grads)
-        d_x_TBN = d_TBLK.flatten(2) if plan.input_skips else d_TBLK[:, :, 0]
-        return None, d_x_TBN, d_h_BLH, d_c_BLH if lstm else None, None, *flat_grads
+        grads = _weight_gradients(plan, weights, kept, hs_TLHB, d_LKTB, d_s_LHTB, mask_LHB, gain_grads)
+        d_x_NTB = d_LKTB.flatten(0, 1) if plan.input_skips else d_LKTB[0]
+        d_c_BLH = d_c_LHB.permute(2, 0, 1) if plan.has_cell else None
+        return None, d_x_NTB, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, *grads
+
+
+def _sum(left: Tensor, right_KB: Tensor, add_LHB: Tensor) -> Tensor:
+    """left @ right + add, as [L, H, B]."""
+    return product(left, right_KB, add_LHB.dtype, add_LHB.flatten(0, 1)).view_as(add_LHB)
+
+
+def _cell_backward(
+    w: LayerWeights, now: _Kept, o_HB: Tensor, c_HB: Tensor, d_h_HB: Tensor, d_o_HB: Tensor, gradients: _NormGradients
+) -> Tensor:
+    """From the gradient of h = o * tanh(cell): that of o's pre-activation into d_o. Returns that of c through h."""
+    normed = w.cell_gain is not None and w.cell_bias is not None
+    if w.cell_gain is not None and w.cell_bias is not None:
+        normal, rstd = now.norms["cell"]
+        tanh_c = torch.tanh(torch.addcmul(w.cell_bias.unsqueeze(1), normal, w.cell_gain.unsqueeze(1)))
+    else:
+        tanh_c = torch.tanh(c_HB)
+    torch.mul(d_h_HB * tanh_c, o_HB * (1 - o_HB), out=d_o_HB)
+    d_cell = d_h_HB * o_HB * (1 - tanh_c * tanh_c)
+    if not normed:
+        return d_cell
+    gradients.add_cell(d_cell, normal)
+    assert w.cell_gain is not None
+    return units.norm_backward(d_cell * w.cell_gain.unsqueeze(1), normal, rstd)
 
 
 def _weight_gradients(
     plan: Plan,
-    products: _Products,
     weights: list[LayerWeights],
-    a_TBLK: Tensor,
-    hs_TBLH: Tensor,
-    d_TBLK: Tensor,
-    d_s_TBLH: Tensor,
-    mask_LBH: Tensor | None,
+    kept: list[list[_Kept]],
+    hs_TLHB: Tensor,
+    d_LKTB: Tensor,
+    d_s_LHTB: Tensor,
+    mask_LHB: Tensor | None,
     gain_grads: list[_NormGradients],
 ) -> list[Tensor | None]:
-    """Gradients of every field of every layer, as large products over all T * B rows."""
+    """Gradients of every field of every layer, as large products over all R columns."""
     L, H, GH = plan.num_layers, plan.hidden_size, plan.unit_rows
-    T = len(a_TBLK)
-    dtype = a_TBLK.dtype
-    before_RLH = products.cast(hs_TBLH[:T]).flatten(0, 1)  # R = T * B
-    passed_TBLH = _passed_up(plan, hs_TBLH[1:])
+    dtype, narrow = hs_TLHB.dtype, plan.compute_dtype or hs_TLHB.dtype
+    gated = plan.feedback == "gated"
+    before_LHTB = hs_TLHB[:-1].permute(1, 2, 0, 3).contiguous()
+    before_LHR = before_LHTB.to(narrow).flatten(2)
+    all_SR = packed(before_LHR.flatten(0, 1)) if gated or plan.unit_sources > 1 else None
+    passed_TLHB = _passed_up(plan, hs_TLHB[1:])
+    gates_LLS = None
+    if gated:  # all layers' at once
+        assert all_SR is not None
+        gates_LLS = product_transposed(_narrow_columns(d_LKTB[:, GH:], narrow), all_SR, dtype).view(L, L, -1)
+
     grads: list[Tensor | None] = []
     for j, w in enumerate(weights):
-        d_RK = d_TBLK[:, :, j].flatten(0, 1)
-        d_s_RH = d_s_TBLH[:, :, j].flatten(0, 1)
-        # gradients of the K rows' recurrent parts; the GRU's candidate differs from its pre-activation's
-        narrow_RK = products.cast(d_RK)
-        narrow_s_RH = products.cast(d_s_RH)
+        d_KR = d_LKTB[j].flatten(1)
+        narrow_KR = d_KR.to(narrow)
+        d_s_HR = d_s_LHTB[j].flatten(1)
 
         below = None
         if w.below is not None:
-            y_TBH = passed_TBLH[:, :, j - 1]
-            if mask_LBH is not None:
-                y_TBH = y_TBH * mask_LBH[j - 1]
-            below = _product(narrow_RK.T, products.cast(y_TBH).flatten(0, 1), dtype)
+            y_HTB = passed_TLHB[:, j - 1].transpose(0, 1)
+            if mask_LHB is not None:
+                y_HTB = y_HTB * mask_LHB[j - 1].unsqueeze(1)
+            below = product_transposed(narrow_KR, _narrow_columns(y_HTB, narrow, rows=H), dtype)
 
-        sources_of = {1: before_RLH[:, j], L: before_RLH.flatten(1)}
-        if plan.feedback == "gated":
-            gated_RLH = products.cast(a_TBLK[:, :, j, GH:].flatten(0, 1).unsqueeze(-1)) * before_RLH
-            candidate = _product(narrow_s_RH.T, gated_RLH.flatten(1), dtype)
+        if gated:
+            g_LTB = torch.stack([step[j].g_LB for step in kept], dim=1)  # type: ignore[misc]  # every step has them
+            source_SR = _narrow_columns(before_LHTB * g_LTB.unsqueeze(1), narrow)
         else:
-            candidate = _product(narrow_s_RH.T, sources_of[plan.candidate_sources], dtype)
-        unit = gates = None
+            source_SR = before_LHR[j] if plan.feedback == "none" else before_LHR.flatten(0, 1)
+        candidate = product_transposed(d_s_HR.to(narrow), source_SR, dtype)
+        unit = None
         if w.unit is not None:
-            unit = _product(narrow_RK[:, H:GH].T, sources_of[plan.unit_sources], dtype)
-        if w.gates is not None:
-            gates = _product(narrow_RK[:, GH:].T, before_RLH.flatten(1), dtype)
+            own_SR = all_SR if plan.unit_sources > 1 else before_LHR[j]
+            assert own_SR is not None
+            unit = product_transposed(narrow_KR[H:GH], own_SR, dtype)
 
-        bias = torch.cat([gain_grads[j].bias, d_RK[:, GH:].sum(0)]) if plan.layer_norm else d_RK.sum(0)
-        hidden_bias = d_s_RH.sum(0) if w.hidden_bias is not None else None
         norm = gain_grads[j]
         grads += LayerWeights(
             below,
             candidate,
             unit,
-            gates,
-            bias,
-            hidden_bias,
+            gates_LLS[j] if gates_LLS is not None else None,
+            torch.cat([norm.bias, d_KR[GH:].sum(1)]) if plan.layer_norm else d_KR.sum(1),
+            d_s_HR.sum(1) if w.hidden_bias is not None else None,
             norm.gain if w.gain is not None else None,
             norm.cell_gain if w.cell_gain is not None else None,
             norm.cell_bias if w.cell_bias is not None else None,
         )
     return grads
+
+
+def _narrow_columns(x: Tensor, dtype: torch.dtype, rows: int = -1) -> Tensor:
+    """[.., T, B] as a contiguous [rows, R] of `dtype`."""
+    return x.to(dtype).reshape(rows, x.shape[-2] * x.shape[-1])
 
 
 class _NormGradients:
@@ -337,52 +364,38 @@ class _NormGradients:
         if w.cell_gain is not None:
             self.cell_gain, self.cell_bias = torch.zeros_like(w.cell_gain), torch.zeros_like(w.cell_gain)
 
-    def add(self, rows: slice, d: Tensor, normal: Tensor) -> None:
-        self.bias[rows] += d.sum(0)
-        self.gain[rows] += (d * normal).sum(0)
+    def add(self, rows: slice, d_GHB: Tensor, normal_GHB: Tensor) -> None:
+        self.bias[rows] += d_GHB.sum(-1).flatten()
+        self.gain[rows] += (d_GHB * normal_GHB).sum(-1).flatten()
 
-    def add_cell(self, d: Tensor, normal: Tensor) -> None:
-        self.cell_bias += d.sum(0)
-        self.cell_gain += (d * normal).sum(0)
+    def add_cell(self, d_HB: Tensor, normal_HB: Tensor) -> None:
+        self.cell_bias += d_HB.sum(-1)
+        self.cell_gain += (d_HB * normal_HB).sum(-1)
 
 
-def _squash(
-    a: Tensor, rows: slice, w: LayerWeights, H: int, normal_TBLG: Tensor, rstd_TBLg: Tensor, t: int, j: int
-) -> None:
-    """Normalises rows of a over H (if the plan does), saves what backward needs, adds the bias; in place."""
+def _squash(a_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str) -> None:
+    """Normalises over H (if the plan does), keeps what backward needs, adds the bias; in place."""
     if w.gain is None:
-        a[:, rows] += w.bias[rows]
         return
-    normal, rstd = units.norm_forward(a[:, rows].unflatten(-1, (-1, H)))
-    normal_TBLG[t, :, j, rows] = normal.flatten(1)
-    rstd_TBLg[t, :, j, rows.start // H : rows.stop // H] = rstd.squeeze(-1)
-    torch.addcmul(w.bias[rows], normal.flatten(1), w.gain[rows], out=a[:, rows])
+    shape = (-1, *a_GHB.shape[1:2], 1)
+    now.norms[name] = units.norm_forward(a_GHB)
+    torch.addcmul(w.bias[rows].view(shape), now.norms[name][0], w.gain[rows].view(shape), out=a_GHB)
 
 
 def _squash_backward(
-    d: Tensor,
-    rows: slice,
-    w: LayerWeights,
-    H: int,
-    normal_TBLG: Tensor,
-    rstd_TBLg: Tensor,
-    t: int,
-    j: int,
-    gradients: _NormGradients,
+    d_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str, gradients: _NormGradients
 ) -> None:
     """Turns the gradient after _squash into the one before it, in place."""
     if w.gain is None:
         return
-    normal = normal_TBLG[t, :, j, rows]
-    gradients.add(rows, d[:, rows], normal)
-    rstd = rstd_TBLg[t, :, j, rows.start // H : rows.stop // H].unsqueeze(-1)
-    d_normal = (d[:, rows] * w.gain[rows]).unflatten(-1, (-1, H))
-    d[:, rows] = units.norm_backward(d_normal, normal.unflatten(-1, (-1, H)), rstd).flatten(1)
+    normal, rstd = now.norms[name]
+    gradients.add(rows, d_GHB, normal)
+    d_GHB.copy_(units.norm_backward(d_GHB * w.gain[rows].view(-1, d_GHB.shape[1], 1), normal, rstd))
 
 
-def _passed_up(plan: Plan, hs_TBLH: Tensor) -> Tensor:
+def _passed_up(plan: Plan, hs_TLHB: Tensor) -> Tensor:
     """What each layer passes up: its output, plus (residual) what the layer below passed."""
-    return hs_TBLH.cumsum(dim=2) if plan.residual else hs_TBLH
+    return hs_TLHB.cumsum(dim=1) if plan.residual else hs_TLHB
 
 
 def _layers(flat: Any) -> list[LayerWeights]:

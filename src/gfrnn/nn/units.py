@@ -1,9 +1,10 @@
 """The pointwise part of a unit at one step of one layer, forward and backward by hand.
 
-Rows of a pre-activation a_BK come in the order candidate, unit gates, global gates (K = G * H + Lg):
+Everything has its features first and the rows of the batch last, as the products that make and read it have. Rows of a
+pre-activation come in the order candidate, unit gates, global gates (K = G * H + Lg):
     tanh: c~;  GRU: n, r, z;  LSTM: c~, i, f, o.
-Each `*_forward` turns pre-activations into activations in place. Each `*_backward` takes activations and the gradient
-of the layer's output and writes gradients of pre-activations. Equations: Chung et al. 2015, sections 2 and 4.
+A candidate is n_HB, the unit gates are u_UHB (U = G - 1), their gradients are written into d_GHB, candidate first.
+Equations: Chung et al. 2015, sections 2 and 4.
 
 Legend: B rows, H units a layer, G = 1 + unit gates (tanh 1, GRU 3, LSTM 4), Lg global gates a layer.
 """
@@ -21,71 +22,64 @@ GATES = {"tanh": 1, "gru": 3, "lstm": 4}  # G of each unit
 # Normalisation over the units of a layer --------------------------------------------------------------------
 
 
-def norm_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., H] -> (normalised, 1 / standard deviation [..., 1]); layer norm without gain and bias."""
-    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+def norm_forward(x_GHB: Tensor) -> tuple[Tensor, Tensor]:
+    """x [.., H, B] -> (normalised over H, 1 / standard deviation [.., 1, B]); layer norm without gain and bias."""
+    variance, mean = torch.var_mean(x_GHB, dim=-2, keepdim=True, correction=0)
     rstd = torch.rsqrt(variance + NORM_EPS)
-    return (x - mean) * rstd, rstd
+    return (x_GHB - mean) * rstd, rstd
 
 
 def norm_backward(d_normal: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
     """Gradient of norm_forward's x from that of its result."""
-    mean = d_normal.mean(dim=-1, keepdim=True)
-    slope = (d_normal * normal).mean(dim=-1, keepdim=True)
+    mean = d_normal.mean(dim=-2, keepdim=True)
+    slope = (d_normal * normal).mean(dim=-2, keepdim=True)
     return (d_normal - mean - normal * slope) * rstd
 
 
 # LSTM -------------------------------------------------------------------------------------------------------
 
 
-def lstm_gates_forward(a_B4H: Tensor, c_BH: Tensor, c_next_BH: Tensor) -> None:
-    """a: pre-activations to activations in place; c_next = f * c + i * c~."""
-    H = c_BH.shape[-1]
-    a_B4H[:, :H].tanh_()
-    a_B4H[:, H:].sigmoid_()
-    candidate, i, f = a_B4H[:, :H], a_B4H[:, H : 2 * H], a_B4H[:, 2 * H : 3 * H]
-    torch.mul(f, c_BH, out=c_next_BH)
-    c_next_BH.addcmul_(i, candidate)
+def lstm_gates_forward(n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, c_next_HB: Tensor) -> None:
+    """n, u: pre-activations to activations in place; c_next = f * c + i * c~."""
+    n_HB.tanh_()
+    i, f, _ = u_3HB.sigmoid_()
+    torch.mul(f, c_HB, out=c_next_HB)
+    c_next_HB.addcmul_(i, n_HB)
 
 
-def lstm_gates_backward(d_c_BH: Tensor, a_B4H: Tensor, c_BH: Tensor, d_a_B4H: Tensor) -> Tensor:
-    """From the gradient of c_next: those of c~, i, f's pre-activations, written into d_a. Returns the gradient of c."""
-    H = c_BH.shape[-1]
-    candidate, i, f = a_B4H[:, :H], a_B4H[:, H : 2 * H], a_B4H[:, 2 * H : 3 * H]
-    torch.mul(d_c_BH * i, 1 - candidate * candidate, out=d_a_B4H[:, :H])
-    torch.mul(d_c_BH * candidate, i * (1 - i), out=d_a_B4H[:, H : 2 * H])
-    torch.mul(d_c_BH * c_BH, f * (1 - f), out=d_a_B4H[:, 2 * H : 3 * H])
-    return d_c_BH * f
+def lstm_gates_backward(d_c_HB: Tensor, n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, d_4HB: Tensor) -> Tensor:
+    """From the gradient of c_next: those of c~, i, f's pre-activations, written into d. Returns the gradient of c."""
+    i, f, _ = u_3HB
+    torch.mul(d_c_HB * i, 1 - n_HB * n_HB, out=d_4HB[0])
+    torch.mul(d_c_HB * n_HB, i * (1 - i), out=d_4HB[1])
+    torch.mul(d_c_HB * c_HB, f * (1 - f), out=d_4HB[2])
+    return d_c_HB * f
 
 
 # GRU --------------------------------------------------------------------------------------------------------
 
 
-def gru_gates_forward(a_B3H: Tensor, s_BH: Tensor) -> None:
+def gru_gates_forward(n_HB: Tensor, u_2HB: Tensor, s_HB: Tensor) -> None:
     """Reset and update gates to activations in place; the candidate becomes x_n + r * s, not yet squashed."""
-    H = s_BH.shape[-1]
-    a_B3H[:, H:].sigmoid_()
-    a_B3H[:, :H].addcmul_(a_B3H[:, H : 2 * H], s_BH)
+    r, _ = u_2HB.sigmoid_()
+    n_HB.addcmul_(r, s_HB)
 
 
-def gru_output_forward(a_B3H: Tensor, h_BH: Tensor, h_next_BH: Tensor) -> None:
+def gru_output_forward(n_HB: Tensor, u_2HB: Tensor, h_HB: Tensor, h_next_HB: Tensor) -> None:
     """h_next = z * h + (1 - z) * n."""
-    H = h_BH.shape[-1]
-    torch.lerp(a_B3H[:, :H], h_BH, a_B3H[:, 2 * H :], out=h_next_BH)
+    torch.lerp(n_HB, h_HB, u_2HB[1], out=h_next_HB)
 
 
-def gru_output_backward(d_h_BH: Tensor, a_B3H: Tensor, h_BH: Tensor, d_a_B3H: Tensor) -> Tensor:
-    """From the gradient of h_next: those of n's and z's pre-activations into d_a. Returns that of h through z."""
-    H = h_BH.shape[-1]
-    n, z = a_B3H[:, :H], a_B3H[:, 2 * H :]
-    torch.mul(d_h_BH * (1 - z), 1 - n * n, out=d_a_B3H[:, :H])
-    torch.mul(d_h_BH * (h_BH - n), z * (1 - z), out=d_a_B3H[:, 2 * H :])
-    return d_h_BH * z
+def gru_output_backward(d_h_HB: Tensor, n_HB: Tensor, u_2HB: Tensor, h_HB: Tensor, d_3HB: Tensor) -> Tensor:
+    """From the gradient of h_next: those of n's and z's pre-activations into d. Returns that of h through z."""
+    z = u_2HB[1]
+    torch.mul(d_h_HB * (1 - z), 1 - n_HB * n_HB, out=d_3HB[0])
+    torch.mul(d_h_HB * (h_HB - n_HB), z * (1 - z), out=d_3HB[2])
+    return d_h_HB * z
 
 
-def gru_gates_backward(d_n_BH: Tensor, a_B3H: Tensor, s_BH: Tensor, d_a_B3H: Tensor) -> Tensor:
-    """From the gradient of x_n + r * s: that of r's pre-activation into d_a. Returns the gradient of s."""
-    H = s_BH.shape[-1]
-    r = a_B3H[:, H : 2 * H]
-    torch.mul(d_n_BH * s_BH, r * (1 - r), out=d_a_B3H[:, H : 2 * H])
-    return d_n_BH * r
+def gru_gates_backward(d_n_HB: Tensor, u_2HB: Tensor, s_HB: Tensor, d_3HB: Tensor) -> Tensor:
+    """From the gradient of x_n + r * s: that of r's pre-activation into d. Returns the gradient of s."""
+    r = u_2HB[0]
+    torch.mul(d_n_HB * s_HB, r * (1 - r), out=d_3HB[1])
+    return d_n_HB * r
