@@ -41,10 +41,7 @@ def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype, add_MN: Tenso
         return out
     if left_MK.dtype == dtype:
         return left_MK @ right_KN if add_MN is None else torch.addmm(add_MN, left_MK, right_KN)
-    if left_MK.is_cuda:
-        out = torch.mm(left_MK, right_KN, out_dtype=dtype)
-    else:
-        out = (left_MK @ right_KN).to(dtype)
+    out = torch.mm(left_MK, right_KN, out_dtype=dtype) if left_MK.is_cuda else (left_MK @ right_KN).to(dtype)
     return out if add_MN is None else out.add_(add_MN)
 
 
@@ -57,7 +54,7 @@ def packed(right_NR: Tensor) -> Tensor:
 
 
 def product_transposed(left_MR: Tensor, right_NR: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right.T [M, N] of `dtype`: the gradient of weights, a sum over all steps and rows. right may be `packed`."""
+    """left @ right.T [M, N] of `dtype`: a gradient of weights, summed over steps and rows. right may be `packed`."""
     if _by_onednn(left_MR):
         out: Tensor = _MKLDNN._linear_pointwise(left_MR, right_NR, None, "none", [], "")
         return out

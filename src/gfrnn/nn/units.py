@@ -49,7 +49,7 @@ def lstm_gates_forward(n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, c_next_HB: Ten
 
 def lstm_gates_backward(d_c_HB: Tensor, n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, d_4HB: Tensor) -> Tensor:
     """From the gradient of c_next: those of c~, i, f's pre-activations, written into d. Returns the gradient of c."""
-    i, f, _ = u_3HB
+    i, f = u_3HB[0], u_3HB[1]
     torch.mul(d_c_HB * i, 1 - n_HB * n_HB, out=d_4HB[0])
     torch.mul(d_c_HB * n_HB, i * (1 - i), out=d_4HB[1])
     torch.mul(d_c_HB * c_HB, f * (1 - f), out=d_4HB[2])
