@@ -67,8 +67,10 @@ def start_training(
     )
 
 
-def start_ranks(command: Sequence[str | Path], processes: int) -> list[subprocess.Popen[str]]:
-    """python COMMAND, one process a rank without a launcher: as SLURM starts them."""
+def start_ranks(
+    command: Sequence[str | Path], processes: int, *, only: int | None = None
+) -> list[subprocess.Popen[str]]:
+    """python COMMAND, one process a rank without a launcher: as SLURM starts them. `only`: the first so many."""
     where = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
@@ -78,7 +80,7 @@ def start_ranks(command: Sequence[str | Path], processes: int) -> list[subproces
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(processes)
+        for rank in range(only or processes)
     ]
 
 

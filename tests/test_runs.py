@@ -313,7 +313,7 @@ def test_damaged_tensors_are_a_users_error(tmp_path: Path, file: str, damage: st
     assert str(path / file) in one_line(caught)
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "trainer.json"])
+@pytest.mark.parametrize("file", ["weights.safetensors", "averages.safetensors", "state.safetensors", "trainer.json"])
 def test_missing_files_are_a_users_error(tmp_path: Path, file: str) -> None:
     path = new_run(tmp_path / "run").save(checkpoint_of(1), 1, best=False, keep_last=2)
     (path / file).unlink()

@@ -92,24 +92,24 @@ def run(main: Callable[[], None]) -> None:
             raise
         sys.stdout.flush()  # here, where what goes wrong with it can still be said
     except UserError as error:
-        _end(f"error: {error}", EXIT_USER)
+        end(f"error: {error}", EXIT_USER)
     except RunFailed as error:
-        _end(f"failed: {error}", EXIT_FAILED)
+        end(f"failed: {error}", EXIT_FAILED)
     except Stopped as stop:
-        _end(f"stopped: {stop}", EXIT_STOPPED)
+        end(f"stopped: {stop}", EXIT_STOPPED)
     except KeyboardInterrupt:
-        _end("interrupted", 128 + signal.SIGINT)
+        end("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output (`| head`) has gone: end as other programs do, without a word
         os._exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _MENDS:
             raise
-        _end(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}; {_MENDS[error.errno]}", EXIT_USER)
+        end(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}; {_MENDS[error.errno]}", EXIT_USER)
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU that runs out of memory
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         reason = str(error).split("\n")[0]
-        _end(
+        end(
             f"error: out of memory ({reason}); take a smaller model, fewer --rows or --steps, or more processes",
             EXIT_USER,
         )
@@ -117,14 +117,40 @@ def run(main: Callable[[], None]) -> None:
     os._exit(EXIT_FINISHED)
 
 
+class _Terminal(io.TextIOWrapper):
+    """A terminal whose closing ends no program that has more to do than to write to it."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            _ignore_its_end(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            _ignore_its_end(error)
+
+
+def _ignore_its_end(error: OSError) -> None:
+    if error.errno != errno.EIO:
+        raise error
+
+
 def _mend_streams() -> None:
-    """Gives output that was closed (`>&-`) somewhere to go, and characters that a terminal lacks a '?'."""
+    """Gives output that was closed (`>&-`), or a terminal that will be, somewhere to go; missing characters a '?'."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the process
-        elif isinstance(stream, io.TextIOWrapper) and name == "stdout":  # stderr escapes them
-            stream.reconfigure(errors="replace")
+            continue
+        errors = "replace" if name == "stdout" else stream.errors  # stderr escapes them
+        if stream.isatty():
+            setattr(sys, name, _Terminal(stream.buffer, stream.encoding, errors, line_buffering=True))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def rank() -> int:
@@ -142,7 +168,7 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _end(line: str, status: int) -> None:
+def end(line: str, status: int) -> None:
     """Says why and exits without waiting for anything (collectives' threads, background work).
 
     An error that all processes share is said by the first alone: the others wait for the launcher, which ends them

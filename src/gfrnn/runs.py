@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 TensorsByName = dict[str, "Tensor"]
 
+_HAS_AVERAGES = "has_averages"  # in trainer.json: whether there must be averages.safetensors beside it
 _SECONDS_FOR_ANOTHER_TO_END = 10.0  # a killed launcher's ranks save a last checkpoint
 
 # What may differ when a run is started again in its folder: none of it changes what is being learned.
@@ -205,7 +206,7 @@ class RunFolder:
         for stale in self.checkpoints.glob(".writing-*"):
             shutil.rmtree(stale)
         if self.named_checkpoint("latest") == target:  # this very step again: only what is known about it is new
-            write_json(target / "trainer.json", checkpoint.trainer)
+            _save_trainer(target, checkpoint)
         else:
             writing = self.checkpoints / f".writing-{target.name}"
             writing.mkdir()
@@ -215,7 +216,7 @@ class RunFolder:
             flat = {f"{key}/{name}": t for key, named in checkpoint.optimizer.items() for name, t in named.items()}
             _save_tensors(writing / "optimizer.safetensors", flat)
             _save_tensors(writing / "state.safetensors", checkpoint.state)
-            write_json(writing / "trainer.json", checkpoint.trainer)
+            _save_trainer(writing, checkpoint)
             _sync(writing)
             if target.exists():  # a kill came between its renaming and `latest`, and the run may have gone another way
                 self._remove(target)
@@ -280,9 +281,10 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
                 f"checkpoint {path / name} is missing or damaged ({error}); start from another one under {path.parent}"
             ) from error
 
-    trainer = _read_json(path / "trainer.json", "settings")
+    trainer = _read_json(path / "trainer.json", "settings", _HAS_AVERAGES)
+    has_averages = trainer.pop(_HAS_AVERAGES)
     checkpoint = Checkpoint(weights=tensors("weights.safetensors"), trainer=trainer)
-    if (path / "averages.safetensors").exists():
+    if has_averages:
         checkpoint.averages = tensors("averages.safetensors")
     if not weights_only:
         for full_name, tensor in tensors("optimizer.safetensors").items():
@@ -366,6 +368,10 @@ def replace_file(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not say which file
     beside.rename(path)
     _sync(path.parent)
+
+
+def _save_trainer(folder: Path, checkpoint: Checkpoint) -> None:
+    write_json(folder / "trainer.json", {**checkpoint.trainer, _HAS_AVERAGES: checkpoint.averages is not None})
 
 
 def _save_tensors(path: Path, tensors: TensorsByName) -> None:

@@ -195,6 +195,16 @@ def test_a_corpus_file_is_said_to_be_the_whole_corpus_or_not(
     assert "all is the whole of enwik8" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["enwik8", "enwik8.xz", "text8.gz"])
+def test_a_file_named_as_a_corpus_must_be_it(tmp_path: Path, name: str) -> None:
+    path = _write(tmp_path / name, lzma.compress(PLAIN) if name.endswith(".xz") else PLAIN)
+    error = _refused(tmp_path / "kept", corpus_file=path)
+    assert f"{path} is not {name.split('.')[0]}: expected 100,000,000 bytes with MD5" in error
+    assert f"found {IDENTITY}; fetch it again, or rename it" in error
+    assert not (tmp_path / "kept" / "arrow").exists()
+    assert _load(tmp_path / "kept", corpus_file=path.rename(tmp_path / "mine")).name == "mine"
+
+
 def test_importing_is_cheap_and_a_built_text_needs_no_datasets(tmp_path: Path) -> None:
     _load(tmp_path, corpus="enwik8-1m")
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -1,12 +1,14 @@
 """One process of W that trains every (stage, accumulation) asked for, one after another, each in its own run folder.
 
-argv: folder, then STAGE:ACCUMULATION[:RESUME_FROM] ...; RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment.
+argv: folder, dtype, then STAGE:ACCUMULATION[:RESUME_FROM] ...
+RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment.
 """
 
 import dataclasses
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal, cast
 
 import torch.distributed as dist
 
@@ -17,10 +19,11 @@ from gfrnn.training.ds_config import load_ds_config, resolve_ds_config
 from gfrnn.training.engine import init_distributed
 from gfrnn.training.loop import Trainer
 
+Dtype = Literal["fp32", "bf16"]
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
-def settings_for(output_dir: Path, accumulation: int, dtype: str = "fp32") -> Settings:
+def settings_for(output_dir: Path, accumulation: int, dtype: Dtype) -> Settings:
     """Everything random or stateful switched on; 5 rows, so that 2 and 3 processes need padding."""
     demo = preset("demo")
     return dataclasses.replace(
@@ -67,12 +70,12 @@ def settings_for(output_dir: Path, accumulation: int, dtype: str = "fp32") -> Se
 
 
 def main() -> None:
-    folder, jobs = Path(sys.argv[1]), sys.argv[2:]
+    folder, dtype, jobs = Path(sys.argv[1]), cast(Dtype, sys.argv[2]), sys.argv[3:]
     device = init_distributed()
     for job in jobs:
         stage, accumulation, *resume = job.split(":")
         output_dir = folder / f"z{stage}-w{dist.get_world_size()}-a{accumulation}{'-resumed' * bool(resume)}"
-        settings = settings_for(output_dir, int(accumulation))
+        settings = settings_for(output_dir, int(accumulation), dtype)
         text = load_text(settings.data)
         config = load_ds_config(CONFIGS / f"z{stage}.json")
         ds_config = resolve_ds_config(config, settings, world_size=dist.get_world_size())

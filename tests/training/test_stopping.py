@@ -28,8 +28,8 @@ time.sleep(30)
 """
 
 
-def start(linger: float = 0.0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM.format(linger=linger)]
+def start(linger: float = 0.0, *before: str) -> subprocess.Popen[str]:
+    command = [*before, sys.executable, "-c", PROGRAM.format(linger=linger)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
@@ -42,7 +42,7 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_raises_the_flag_and_ends_nothing_until_listening_is_over(number: signal.Signals) -> None:
     process = start()
     process.send_signal(number)
@@ -57,7 +57,7 @@ def test_later_signals_change_nothing() -> None:
     process = start(linger=0.5)
     process.send_signal(signal.SIGUSR1)
     assert line(process) == "SIGUSR1"
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         process.send_signal(number)
         time.sleep(0.02)
     assert [line(process) for _ in range(2)] == ["still here", "left"]
@@ -65,8 +65,18 @@ def test_later_signals_change_nothing() -> None:
     process.communicate(timeout=30)
 
 
+def test_nohup_keeps_its_word() -> None:
+    process = start(0.0, "nohup")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert line(process) == "SIGTERM"
+    process.kill()
+    process.communicate(timeout=30)
+
+
 def test_handlers_are_put_back_after_an_error() -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
     def lose() -> None:
@@ -77,6 +87,34 @@ def test_handlers_are_put_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="lost"):
         lose()
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+OUTSIDE = """
+import time
+from gfrnn.training.stopping import StopFlag, end_on_signals
+end_on_signals()
+if {listened}:
+    with StopFlag().listening():
+        pass
+print("ready", flush=True)
+{wait}
+"""
+IN_C = "import ctypes; libc = ctypes.CDLL(None); [libc.sleep(30) for _ in range(9)]"  # as torch waits for others
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("wait", ["time.sleep(30)", IN_C], ids=["in Python", "in C"])
+@pytest.mark.parametrize("listened", [False, True])
+def test_where_no_flag_listens_a_signal_ends_the_process_at_once(
+    number: signal.Signals, wait: str, listened: bool
+) -> None:
+    command = [sys.executable, "-c", OUTSIDE.format(wait=wait, listened=listened)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert line(process) == "ready"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert err == f"stopped: {number.name} while no update was under way; the same command goes on\n"
 
 
 def test_time_limit() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from launch import (
     ROOT,
     SMALL,
+    environment,
     losses,
     metrics,
     script,
@@ -101,14 +103,15 @@ def test_finished_run_is_not_trained_again(whole):
     assert (whole / "metrics.jsonl").read_text() == before
 
 
-def test_kill_of_one_process_ends_the_other_and_resume_is_bit_identical(whole, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_kill_of_one_process_ends_the_other_and_resume_is_bit_identical(whole, tmp_path, victim):
     output_dir = tmp_path / "run"
     process = start_training(output_dir, FLAGS, processes=2, stage="z2", launcher=True)
     wait_for_update(output_dir, 230, process)
     ranks = ranks_of(process)
     assert len(ranks) == 2
     killed = time.monotonic()
-    os.kill(ranks[1].pid, signal.SIGKILL)
+    os.kill(ranks[victim].pid, signal.SIGKILL)
     process.communicate(timeout=60)
     psutil.wait_procs(ranks, timeout=30)
     assert not any(rank.is_running() for rank in ranks)
@@ -125,7 +128,7 @@ def test_kill_of_one_process_ends_the_other_and_resume_is_bit_identical(whole, t
     assert summary(output_dir)["test_bpc"] == summary(whole)["test_bpc"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_checkpoints_and_ends_with_75(whole, tmp_path, number):
     output_dir = tmp_path / "run"
     process = start_training(output_dir, FLAGS)
@@ -144,6 +147,46 @@ def test_signal_checkpoints_and_ends_with_75(whole, tmp_path, number):
         resumed, together = losses(output_dir), losses(whole)
         assert sorted(resumed) == list(range(1, 401))
         assert max(abs(resumed[step] - together[step]) / together[step] for step in range(1, 101)) < 1e-5
+
+
+def test_a_terminal_that_closes_checkpoints(tmp_path):
+    """As when a connection breaks: SIGHUP, and every write to the terminal fails from then on."""
+    output_dir = tmp_path / "run"
+    master, terminal = os.openpty()
+    command = [sys.executable, ROOT / "src/train.py", *SMALL, "--max-updates", "100000", "--output-dir", output_dir]
+    attach = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", attach, *map(str, command)],
+        env=environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    shown = b""
+    while b"4/100000" not in shown:  # the bar, which goes on being drawn
+        shown += os.read(master, 65536)
+    os.close(master)
+    assert process.wait(timeout=60) == 75
+    stopped = summary(output_dir)
+    assert stopped["status"] == "stopped"
+    assert (output_dir / "checkpoints" / "latest").read_text() == f"step-{stopped['step']:08d}"
+
+
+def test_a_signal_before_training(tmp_path):
+    """To a process that waits for another one, which is never started."""
+    (process,) = start_ranks([ROOT / "src/train.py", *SMALL, "--output-dir", tmp_path / "run"], 2, only=1)
+    deadline = time.monotonic() + 60
+    while not any(c.status == psutil.CONN_LISTEN for c in psutil.Process(process.pid).net_connections()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    process.terminate()
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (75, "")
+    assert err.splitlines()[-1] == "stopped: SIGTERM while no update was under way; the same command goes on"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -271,14 +314,65 @@ def test_every_kind_trains_and_resumes(tmp_path, options):
     assert status == 0, err
     first = losses(output_dir)
     assert min(first.values()) < 0.9 * first[1]
-    # once more from the middle: as if it had been killed after update 30
-    again = tmp_path / "again"
-    shutil.copytree(output_dir, again)
-    (again / "checkpoints" / "latest").write_text("step-00000030")
-    (again / "summary.json").unlink()
+    again = killed_after_30(output_dir, tmp_path / "again")
     status, _, err = train(again, [*flags, "--max-updates", "60", "--schedule", "constant"])
     assert status == 0, err
     assert losses(again) == first
+
+
+def killed_after_30(output_dir: Path, again: Path) -> Path:
+    """A copy of a finished run as if it had been killed after update 30, where it has a checkpoint."""
+    shutil.copytree(output_dir, again)
+    (again / "checkpoints" / "latest").write_text("step-00000030")
+    (again / "summary.json").unlink()
+    return again
+
+
+def test_halved_rates_survive_a_resume(tmp_path):
+    flags = [*SMALL, "--max-updates", "60", "--checkpoint-every", "30", "--schedule", "constant", "--average", "none"]
+    flags += ["--warmup-updates", "0", "--halve-on-explosion", "1.06"]
+    status, _, err = train(tmp_path / "run", flags)
+    assert status == 0, err
+    assert "exploded; learning rate halved" in err
+
+    def rates(output_dir: Path) -> list[float]:
+        return [line["learning_rate"] for line in metrics(output_dir) if "train_bpc" in line]
+
+    first = rates(tmp_path / "run")
+    assert first[59] < first[30] < first[0]  # halved before the checkpoint and after it
+    again = killed_after_30(tmp_path / "run", tmp_path / "again")
+    status, _, err = train(again, flags)
+    assert status == 0, err
+    assert rates(again) == first
+    assert losses(again) == losses(tmp_path / "run")
+
+
+def test_a_finished_run_goes_on_with_more_updates(tmp_path):
+    flags = [*SMALL, "--schedule", "constant", "--warmup-updates", "5", "--valid-every", "20"]
+    for run, updates in (("whole", "60"), ("longer", "40"), ("longer", "60")):
+        status, _, err = train(tmp_path / run, [*flags, "--max-updates", updates])
+        assert status == 0, err
+    assert "resumed at update 40" in err
+    assert losses(tmp_path / "longer") == losses(tmp_path / "whole")
+    assert validations(tmp_path / "longer") == validations(tmp_path / "whole")
+    assert summary(tmp_path / "longer")["test_bpc"] == summary(tmp_path / "whole")["test_bpc"]
+
+
+def test_prepare_builds_the_corpus_and_ends(tmp_path):
+    """What one does on a node with a network, before the run on one without."""
+    data = ["--corpus-file", ROOT / "LICENSE", "--data-dir", tmp_path / "data"]
+    begin = time.time()
+    done = script("train", "--prepare", *data, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    size = (ROOT / "LICENSE").stat().st_size
+    assert f"LICENSE is ready: {size * 90 // 100:,} training, {size * 5 // 100:,} validation, " in done.stderr
+    assert not (tmp_path / "run").exists()
+    (arrow,) = (tmp_path / "data").rglob("text-train.arrow")
+    built = arrow.stat().st_mtime
+    assert built > begin - 1
+    done = script("train", *SMALL, *data, "--max-updates", "3", "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert arrow.stat().st_mtime == built
 
 
 CUSTOM = {
@@ -322,6 +416,12 @@ def test_evaluate_and_sample_agree_with_the_run(whole):
     scores = json.loads((whole / "scores.json").read_text())
     assert scores["test_bpc"] == pytest.approx(summary(whole)["test_bpc"], abs=1e-4)
     assert scores["characters"] == 100_000
+    narrow = script(
+        "evaluate", whole, "--streams", "64", "--warmup", "20", "--dtype", "bf16", "--json", whole / "b.json"
+    )
+    assert narrow.returncode == 0, narrow.stderr
+    rounded = json.loads((whole / "b.json").read_text())["test_bpc"]
+    assert 0 < abs(rounded - scores["test_bpc"]) < 0.002 * scores["test_bpc"]
     first = script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
     again = script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
     assert first.returncode == 0, first.stderr

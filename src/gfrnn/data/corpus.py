@@ -77,6 +77,7 @@ URL = "https://mattmahoney.net/dc/"
 SPLIT = {"train": 90, "valid": 5, "test": 5}  # percent, in file order; part of the Arrow folder's name
 MIN_BYTES = 1000
 
+_FETCHED = ("enwik8", "text8")
 _SHIPPED = Path(__file__).with_name("enwik8-1m.xz")
 _CHUNK = 1 << 20
 _BACK_OFF = (0.5, 1.0, 2.0, 4.0)  # seconds before each new attempt at a download that broke off
@@ -128,12 +129,24 @@ def segments_per_epoch(size: int, rows: int, steps: int) -> int:
 
 
 def _name(path: Path, identity: Identity, expected: str) -> str:
+    """The name of the text in `path`; raises UserError for one too short, or named enwik8 or text8 and not that."""
     if identity.size < MIN_BYTES:
         raise UserError(f"{path} holds {identity.size} bytes of text, too few to split: give at least {MIN_BYTES}")
     name = next((name for name, known in KNOWN.items() if known == identity), None)
+    claimed = next((claim for claim in _FETCHED if path.name in _file_names(claim)), None)
+    if claimed not in (None, name):
+        raise UserError(
+            f"{path} is not {claimed}: expected {KNOWN[claimed]}, found {identity}; "
+            "fetch it again, or rename it if it is another text"
+        )
     which = f"the whole of {name}" if name else f"not the whole of {expected}: a part of it or another text"
     log.info("%s is %s (%s)", path, which, identity)
     return name or path.name
+
+
+def _file_names(name: str) -> list[str]:
+    """What a fetched corpus' file may be called."""
+    return [name + suffix for suffix in ("", ".zip", ".gz", ".xz")]
 
 
 @contextmanager
@@ -268,8 +281,7 @@ def _read(path: Path, expected: Identity, what: str, mend: str) -> bytearray:
 
 def _obtain(name: str, expected: Identity, folder: Path) -> bytearray:
     """The plain bytes of a corpus that lies in the downloads folder, or is fetched into it."""
-    for suffix in ("", ".zip", ".gz", ".xz"):
-        path = folder / f"{name}{suffix}"
+    for path in map(folder.joinpath, _file_names(name)):
         if path.exists():
             return _read(path, expected, name, "delete it, or give it with --corpus-file")
     folder.mkdir(exist_ok=True)

@@ -22,12 +22,13 @@ from gfrnn.config import (
     without_effect,
 )
 from gfrnn.runs import RunFolder
-from gfrnn.training import stopping as stopping  # early: it looks who started this process
+from gfrnn.training import stopping  # early: it looks who started this process
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
 
 
 def main() -> None:
     """gfrnn-train."""
+    stopping.end_on_signals()
     cli.run(_main)
 
 

@@ -1,19 +1,27 @@
-"""The stop flag: Ctrl-C, SIGTERM, SIGUSR1 (SLURM's warning), a time limit and a dead launcher raise it; the loop looks.
+"""The stop flag: Ctrl-C, SIGTERM, SIGUSR1 (SLURM's warning), SIGHUP (a terminal that closes), a time limit and a dead
+launcher raise it; the loop looks.
 
 A signal reaches some processes and not others, and at different moments; so a raised flag is only a wish until the
-processes have agreed on it, which they do in the small all-reduce that each update makes anyway.
+processes have agreed on it, which they do in the small all-reduce that each update makes anyway. Outside the loop,
+while torch is loaded or others are waited for, there is nothing to save, and a signal ends the process at once.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 
+from gfrnn import cli
+from gfrnn.config import EXIT_STOPPED
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LAUNCHER = "deepspeed.launcher.launch"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -70,14 +78,45 @@ class StopFlag:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Signals raise the flag instead of ending the process; also the second and the third."""
+        global _listening
 
         def on_signal(number: int, frame: object) -> None:
             self._reason = self._reason or signal.Signals(number).name
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = [signal.signal(number, on_signal) for number in numbers]
+        before = _handle(on_signal)
+        _listening = True
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before, strict=True):
+            _listening = False
+            for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+_listening = False
+
+
+def end_on_signals() -> None:
+    """From now on a signal ends this process with one line and status 75, unless a StopFlag is listening.
+
+    A thread sees to it, told by the interpreter's wake-up descriptor: a handler would have to wait until the main one
+    comes back from torch, which may wait minutes for other processes.
+    """
+
+    def end() -> None:
+        while number := os.read(read_end, 1)[0]:
+            if number in _SIGNALS and not _listening:
+                name = signal.Signals(number).name
+                cli.end(f"stopped: {name} while no update was under way; the same command goes on", EXIT_STOPPED)
+
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=end, daemon=True).start()
+    _handle(lambda number, frame: None)
+
+
+def _handle(handler: Callable[[int, object], None]) -> dict[signal.Signals, Any]:
+    """Makes `handler` that of every signal that stops; returns the handlers before it. nohup's wish is respected."""
+    wanted = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
