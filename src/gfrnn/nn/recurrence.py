@@ -43,21 +43,34 @@ def recurrence(
 
 
 class _Left:
-    """The weights as left operands: in the compute dtype, as they lie or transposed."""
+    """The weights as left operands: in the compute dtype, as they lie or (for backward) transposed."""
 
     def __init__(self, plan: Plan, weights: list[LayerWeights], dtype: torch.dtype, *, transposed: bool):
-        def left(weight: Tensor | None) -> Tensor | None:
-            if weight is None:
+        def left(*parts: Tensor | None) -> Tensor | None:
+            """The parts that there are, one under the other."""
+            found = [part.to(dtype) for part in parts if part is not None]
+            if not found:
                 return None
-            weight = weight.to(dtype)
-            return (weight.t() if transposed else weight).contiguous()
+            return _transposed(found) if transposed else (torch.cat(found) if len(found) > 1 else found[0].contiguous())
 
-        self.below = [left(w.below) for w in weights]
+        # what reads all layers at t - 1 without global gates, every layer's at once: [L * P, L * H]
+        all_units = plan.unit_sources > 1 and transposed
+        self.ungated = left(*(part for w in weights for part in (w.unit if all_units else None, w.gates)))
+        self.unit = [left(w.unit) if not all_units else None for w in weights]
         self.candidate = [left(w.candidate) for w in weights]
-        self.unit = [left(w.unit) for w in weights]
-        gated = plan.feedback == "gated"
-        # all layers' global gates at once: [L * L, L * H]
-        self.gates = left(torch.cat([w.gates for w in weights if w.gates is not None])) if gated else None
+        self.below = [left(w.below) for w in weights]
+
+
+def _transposed(parts_MN: list[Tensor]) -> Tensor:
+    """Matrices one under the other, transposed: [N, sum of M]."""
+    N = parts_MN[0].shape[1]
+    blocks = 2 - N % 2  # a copy to transpose has one thread; as one of three axes it has all
+    out = parts_MN[0].new_empty(blocks, N // blocks, sum(map(len, parts_MN)))
+    begin = 0
+    for part in parts_MN:
+        out[..., begin : begin + len(part)] = part.unflatten(1, (blocks, -1)).permute(1, 2, 0)
+        begin += len(part)
+    return out.flatten(0, 1)
 
 
 @dataclass
@@ -110,8 +123,8 @@ class Recurrence(torch.autograd.Function):
             h_LHB = hs_TLHB[t]
             narrow_h_LHB = h_LHB.to(narrow)
             gates_LLB = None
-            if left.gates is not None:
-                gates_LLB = product(left.gates, narrow_h_LHB.view(L * H, B), dtype).view(L, L, B)
+            if left.ungated is not None:
+                gates_LLB = product(left.ungated, narrow_h_LHB.view(L * H, B), dtype).view(L, L, B)
             kept.append([])
             below_HB = h_LHB[0]  # of layer j - 1; layer 0 has none
             for j, w in enumerate(weights):
@@ -197,7 +210,8 @@ class Recurrence(torch.autograd.Function):
         d_c_LHB = torch.zeros_like(d_h_LHB)
         if d_c_last_BLH is not None:
             d_c_LHB.copy_(d_c_last_BLH.permute(1, 2, 0))
-        d_gates_LLB = hs_TLHB.new_empty(L, L, B)
+        P = left.ungated.shape[1] // L if left.ungated is not None else 0
+        d_ungated_LPB = hs_TLHB.new_empty(L, P, B, dtype=narrow)
         for t in reversed(range(T)):
             h_LHB = hs_TLHB[t]
             d_before_LHB = torch.zeros_like(d_h_LHB)
@@ -209,8 +223,7 @@ class Recurrence(torch.autograd.Function):
                 d_KB = d_h.new_empty(K, B)
                 d_GHB = d_KB[:GH].view(-1, H, B)
                 if plan.unit == "tanh":
-                    n = hs_TLHB[t + 1, j]
-                    torch.mul(d_h, 1 - n * n, out=d_GHB[0])
+                    units.tanh_backward(d_h, hs_TLHB[t + 1, j], grad_input=d_GHB[0])
                 elif u_UHB is not None and s_HB is not None:
                     d_before_LHB[j] += units.gru_output_backward(d_h, n_HB, u_UHB, h_LHB[j], d_GHB)
                 elif u_UHB is not None:
@@ -226,24 +239,20 @@ class Recurrence(torch.autograd.Function):
 
                 candidate, unit, below = left.candidate[j], left.unit[j], left.below[j]
                 assert candidate is not None
-                narrow_d_KB = d_KB[:GH].to(narrow)
-                narrow_d_s_HB = narrow_d_KB[:H] if s_HB is None else d_s_HB.to(narrow)
+                narrow_d_s_HB = d_s_HB.to(narrow)
                 if now.g_LB is not None:  # gradient of the gated states [g^i h^i], which gives that of g and of h
                     d_gated_LHB = product(candidate, narrow_d_s_HB, dtype).view(L, H, B)
-                    torch.mul((d_gated_LHB * h_LHB).sum(1), now.g_LB * (1 - now.g_LB), out=d_gates_LLB[j])
-                    d_KB[GH:] = d_gates_LLB[j]
                     d_before_LHB.addcmul_(d_gated_LHB, now.g_LB.unsqueeze(1))
+                    units.sigmoid_backward(d_gated_LHB.mul_(h_LHB).sum(1), now.g_LB, grad_input=d_KB[GH:])
                 elif plan.feedback == "none":
                     d_before_LHB[j] += product(candidate, narrow_d_s_HB, dtype)
                 else:
                     d_before_LHB = _sum(candidate, narrow_d_s_HB, d_before_LHB)
                 if unit is not None:
-                    if plan.unit_sources > 1:
-                        d_before_LHB = _sum(unit, narrow_d_KB[H:], d_before_LHB)
-                    else:
-                        d_before_LHB[j] += product(unit, narrow_d_KB[H:], dtype)
+                    d_before_LHB[j] += product(unit, d_KB[H:GH].to(narrow), dtype)
 
                 d_LKTB[j, :, t] = d_KB
+                d_ungated_LPB[j] = d_KB[K - P :]
                 if below is not None:
                     passed = product(below, d_KB.to(narrow), dtype)
                     if mask_LHB is not None:
@@ -253,8 +262,8 @@ class Recurrence(torch.autograd.Function):
                     if plan.output_skips:
                         passed += d_y_TYB[t, (j - 1) * H : j * H]
                     d_below_HB = passed
-            if left.gates is not None:
-                d_before_LHB = _sum(left.gates, d_gates_LLB.view(L * L, B).to(narrow), d_before_LHB)
+            if left.ungated is not None:
+                d_before_LHB = _sum(left.ungated, d_ungated_LPB.view(L * P, B), d_before_LHB)
             d_h_LHB = d_before_LHB
 
         grads = _weight_gradients(plan, weights, kept, hs_TLHB, d_LKTB, d_s_LHTB, mask_LHB, gain_grads)
@@ -278,8 +287,9 @@ def _cell_backward(
         tanh_c = torch.tanh(torch.addcmul(w.cell_bias.unsqueeze(1), normal, w.cell_gain.unsqueeze(1)))
     else:
         tanh_c = torch.tanh(c_HB)
-    torch.mul(d_h_HB * tanh_c, o_HB * (1 - o_HB), out=d_o_HB)
-    d_cell = d_h_HB * o_HB * (1 - tanh_c * tanh_c)
+    units.sigmoid_backward(d_h_HB * tanh_c, o_HB, grad_input=d_o_HB)
+    d_cell = d_h_HB * o_HB
+    units.tanh_backward(d_cell, tanh_c, grad_input=d_cell)
     if not normed:
         return d_cell
     gradients.add_cell(d_cell, normal)

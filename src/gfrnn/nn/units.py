@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 NORM_EPS = 1e-5
+# (gradient of f(a), f(a), grad_input=) -> gradient of a, one pass where the formula takes three
+tanh_backward = torch.ops.aten.tanh_backward.grad_input
+sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 GATES = {"tanh": 1, "gru": 3, "lstm": 4}  # G of each unit
 """Rows of pre-activation a unit has, in multiples of H."""
 
@@ -50,9 +53,9 @@ def lstm_gates_forward(n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, c_next_HB: Ten
 def lstm_gates_backward(d_c_HB: Tensor, n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, d_4HB: Tensor) -> Tensor:
     """From the gradient of c_next: those of c~, i, f's pre-activations, written into d. Returns the gradient of c."""
     i, f = u_3HB[0], u_3HB[1]
-    torch.mul(d_c_HB * i, 1 - n_HB * n_HB, out=d_4HB[0])
-    torch.mul(d_c_HB * n_HB, i * (1 - i), out=d_4HB[1])
-    torch.mul(d_c_HB * c_HB, f * (1 - f), out=d_4HB[2])
+    tanh_backward(d_c_HB * i, n_HB, grad_input=d_4HB[0])
+    sigmoid_backward(d_c_HB * n_HB, i, grad_input=d_4HB[1])
+    sigmoid_backward(d_c_HB * c_HB, f, grad_input=d_4HB[2])
     return d_c_HB * f
 
 
@@ -73,13 +76,13 @@ def gru_output_forward(n_HB: Tensor, u_2HB: Tensor, h_HB: Tensor, h_next_HB: Ten
 def gru_output_backward(d_h_HB: Tensor, n_HB: Tensor, u_2HB: Tensor, h_HB: Tensor, d_3HB: Tensor) -> Tensor:
     """From the gradient of h_next: those of n's and z's pre-activations into d. Returns that of h through z."""
     z = u_2HB[1]
-    torch.mul(d_h_HB * (1 - z), 1 - n_HB * n_HB, out=d_3HB[0])
-    torch.mul(d_h_HB * (h_HB - n_HB), z * (1 - z), out=d_3HB[2])
+    tanh_backward(d_h_HB * (1 - z), n_HB, grad_input=d_3HB[0])
+    sigmoid_backward(d_h_HB * (h_HB - n_HB), z, grad_input=d_3HB[2])
     return d_h_HB * z
 
 
 def gru_gates_backward(d_n_HB: Tensor, u_2HB: Tensor, s_HB: Tensor, d_3HB: Tensor) -> Tensor:
     """From the gradient of x_n + r * s: that of r's pre-activation into d. Returns the gradient of s."""
     r = u_2HB[0]
-    torch.mul(d_n_HB * s_HB, r * (1 - r), out=d_3HB[1])
+    sigmoid_backward(d_n_HB * s_HB, r, grad_input=d_3HB[1])
     return d_n_HB * r
