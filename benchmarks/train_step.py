@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from gfrnn.cli import keep_freed_memory
 from gfrnn.config import preset, sizes
 from gfrnn.nn import GatedFeedbackRNN, build_language_model
 from gfrnn.training.flops import gemm_peak
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
+    keep_freed_memory()  # as the trainer does
     model = preset(args.preset).model
     weights = sizes(model).train_flops // 6
     peers: dict[str, tuple[Callable[[], None], int]] = {

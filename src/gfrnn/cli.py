@@ -7,6 +7,7 @@ ours keeps its traceback (status 1).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import io
 import logging
@@ -21,6 +22,7 @@ from typing import TypeVar, cast
 from gfrnn.config import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, RunFailed, UserError
 
 T = TypeVar("T")
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 _MENDS = {
     errno.ENOSPC: "free space on that disk, then run the same command again",
@@ -82,6 +84,7 @@ def run(main: Callable[[], None]) -> None:
     now and then aborts (seen with gloo: "terminate called without an active exception", status -6).
     """
     _mend_streams()
+    keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("gfrnn").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
@@ -115,6 +118,19 @@ def run(main: Callable[[], None]) -> None:
         )
     sys.stderr.flush()
     os._exit(EXIT_FINISHED)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what is freed for what comes next, where it is glibc.
+
+    By default it gives a step's tensors back to the system and asks for new ones at the next, and the system clears and
+    maps each page anew, which took 5 to 10 % of a training step. The peak of memory rises by about as much.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_TOP_PAD, 64 << 20)
 
 
 class _Terminal(io.TextIOWrapper):

@@ -1,9 +1,11 @@
-"""The input's part of the pre-activations, for all steps at once: no step needs to wait for it.
+"""The input's part of the pre-activations: it waits for no step, but of symbols it is a look-up better left to each.
 
-Legend: T steps, B rows, I inputs (or symbols), N rows of pre-activations that read the input.
+Legend: T steps, B rows, I inputs (or symbols), N rows of pre-activations that read the input, K of them at a time.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,25 +14,62 @@ from torch import Tensor
 from gfrnn.nn.noise import PLACE_INPUT, Noise
 
 
+class InputPart(NamedTuple):
+    """[N, T, B]: `columns` itself, or (of symbols) scale[t, b] * column symbols[t, b] of it.
+
+    W x of a one-hot x is a column of W. Looked up step by step, the whole is never in memory.
+    """
+
+    columns: Tensor
+    """[N, T, B], or a table [N, I]."""
+    symbols_TB: Tensor | None = None
+    scale_TB: Tensor | None = None
+
+    @property
+    def sizes(self) -> torch.Size:
+        """(T, B)."""
+        return self.columns.shape[1:] if self.symbols_TB is None else self.symbols_TB.shape
+
+    def step(self, rows: slice, t: int) -> Tensor:
+        """[K, B] of one step."""
+        if self.symbols_TB is None:
+            return self.columns[rows, t]
+        x_KB: Tensor = self.columns[rows].index_select(1, self.symbols_TB[t])
+        return x_KB if self.scale_TB is None else x_KB.mul_(self.scale_TB[t])
+
+    def whole(self) -> Tensor:
+        """[N, T, B], differentiable."""
+        if self.symbols_TB is None:
+            return self.columns
+        x_NTB = self.columns.index_select(1, self.symbols_TB.flatten()).view(-1, *self.sizes)
+        return x_NTB if self.scale_TB is None else x_NTB * self.scale_TB
+
+    def columns_gradient(self, d_NTB: Tensor) -> Tensor:
+        """From the gradient of `whole` to that of `columns`."""
+        if self.symbols_TB is None:
+            return d_NTB
+        if self.scale_TB is not None:
+            d_NTB = d_NTB * self.scale_TB
+        return torch.zeros_like(self.columns).index_add_(1, self.symbols_TB.flatten(), d_NTB.flatten(1))
+
+
 def read_input(
     input: Tensor, weight_NI: Tensor, noise: Noise | None, dropout: float, compute_dtype: torch.dtype | None
-) -> Tensor:
-    """input [T, B, I], or integers [T, B] that stand for one-hot vectors -> W x [N, T, B], in the weight's dtype.
+) -> InputPart:
+    """W x of input [T, B, I], or of integers [T, B] that stand for one-hot vectors, in the weight's dtype.
 
     dropout: locked, one mask a row (of integers: of whole symbols); needs noise. compute_dtype: of the product's
     operands; None: the weight's.
     """
     dtype = weight_NI.dtype
-    T, B = input.shape[:2]
     mask_BI = None
     if noise is not None and dropout:
         mask_BI = noise.row_mask(PLACE_INPUT, weight_NI.shape[1], dropout).to(dtype)
-    if not input.is_floating_point():  # W x of a one-hot x is a column of W
-        x_NTB = weight_NI.index_select(1, input.flatten()).view(-1, T, B)
-        return x_NTB if mask_BI is None else x_NTB * mask_BI.T.gather(0, input)
+    if not input.is_floating_point():
+        return InputPart(weight_NI, input, None if mask_BI is None else mask_BI.T.gather(0, input))
     x_TBI = input.to(dtype)
     if mask_BI is not None:
         x_TBI = x_TBI * mask_BI
     narrow = compute_dtype or dtype
     x_NR = F.linear(weight_NI.to(narrow), x_TBI.to(narrow).flatten(0, 1))
-    return x_NR.to(dtype).view(-1, T, B)
+    return InputPart(x_NR.to(dtype).unflatten(1, input.shape[:2]))

@@ -80,7 +80,8 @@ class MultiplicativeRNN(nn.Module):
         if noise is not None and self.weight_dropout:
             weight_mh = weight_mh * noise.weight_mask(PLACE_WEIGHT, weight_mh, self.weight_dropout)
             weight_hm = weight_hm * noise.weight_mask(PLACE_WEIGHT + 1, weight_hm, self.weight_dropout)
-        x_TB2H = read_input(input, weight_ih, noise, self.input_dropout, self.compute_dtype).permute(1, 2, 0)
+        x_2HTB = read_input(input, weight_ih, noise, self.input_dropout, self.compute_dtype).whole()
+        x_TB2H = x_2HTB.permute(1, 2, 0)
         to_h_TBH, to_m_TBH = x_TB2H.chunk(2, dim=2)
         to_h_TBH = to_h_TBH + bias
 

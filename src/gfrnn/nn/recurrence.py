@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfrnn.nn import units
+from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.products import packed, product, product_transposed
 
@@ -30,7 +31,7 @@ _FIELDS = len(LayerWeights._fields)
 
 def recurrence(
     plan: Plan,
-    x_NTB: Tensor,
+    x: InputPart,
     h_BLH: Tensor,
     c_BLH: Tensor | None,
     below_mask_LBH: Tensor | None,
@@ -39,7 +40,7 @@ def recurrence(
     """Same arguments, result and gradients as reference.recurrence_reference."""
     flat = [tensor for layer in weights for tensor in layer]
     run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
-    return run(plan, x_NTB, h_BLH, c_BLH, below_mask_LBH, *flat)
+    return run(plan, *x, h_BLH, c_BLH, below_mask_LBH, *flat)
 
 
 class _Left:
@@ -96,25 +97,28 @@ class Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
-        x_NTB: Tensor,
+        columns: Tensor,
+        symbols_TB: Tensor | None,
+        scale_TB: Tensor | None,
         h_BLH: Tensor,
         c_BLH: Tensor | None,
         mask_LBH: Tensor | None,
         *flat: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         weights = _layers(flat)
-        T, B = x_NTB.shape[1:]
+        x = InputPart(columns, symbols_TB, scale_TB)
+        T, B = x.sizes
         L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
-        dtype, narrow = x_NTB.dtype, plan.compute_dtype or x_NTB.dtype
+        dtype, narrow = columns.dtype, plan.compute_dtype or columns.dtype
         left = _Left(plan, weights, narrow, transposed=False)
         # normalised rows get their bias after that; here the others'
         bias_K1 = [w.bias.unsqueeze(1).clone() for w in weights]
         for bias, w in zip(bias_K1, weights, strict=True):
             bias[:GH] *= w.gain is None
 
-        hs_TLHB = x_NTB.new_empty(T + 1, L, H, B)
+        hs_TLHB = columns.new_empty(T + 1, L, H, B)
         hs_TLHB[0] = h_BLH.permute(1, 2, 0)
-        cs_TLHB = x_NTB.new_empty(T + 1 if plan.has_cell else 0, L, H, B)
+        cs_TLHB = columns.new_empty(T + 1 if plan.has_cell else 0, L, H, B)
         if c_BLH is not None:
             cs_TLHB[0] = c_BLH.permute(1, 2, 0)
         mask_LHB = mask_LBH.transpose(1, 2).contiguous() if mask_LBH is not None else None
@@ -129,7 +133,7 @@ class Recurrence(torch.autograd.Function):
             below_HB = h_LHB[0]  # of layer j - 1; layer 0 has none
             for j, w in enumerate(weights):
                 if plan.input_skips or j == 0:
-                    a_KB = x_NTB[j * K : (j + 1) * K, t] + bias_K1[j]
+                    a_KB = x.step(slice(j * K, (j + 1) * K), t) + bias_K1[j]
                 else:
                     a_KB = bias_K1[j].expand(K, B).contiguous()
                 below = left.below[j]
@@ -181,7 +185,7 @@ class Recurrence(torch.autograd.Function):
                 below_HB = h_next + below_HB if plan.residual and j > 0 else h_next
 
         ctx.plan, ctx.kept, ctx.mask_LHB = plan, kept, mask_LHB
-        ctx.save_for_backward(hs_TLHB, cs_TLHB, *flat)
+        ctx.save_for_backward(*x, hs_TLHB, cs_TLHB, *flat)
         passed_TLHB = _passed_up(plan, hs_TLHB[1:])
         y_TYB = passed_TLHB.flatten(1, 2) if plan.output_skips else passed_TLHB[:, -1]
         h_next_BLH = hs_TLHB[T].permute(2, 0, 1).contiguous()
@@ -194,7 +198,8 @@ class Recurrence(torch.autograd.Function):
         plan: Plan = ctx.plan
         kept: list[list[_Kept]] = ctx.kept
         mask_LHB: Tensor | None = ctx.mask_LHB
-        hs_TLHB, cs_TLHB, *flat = ctx.saved_tensors
+        columns, symbols_TB, scale_TB, hs_TLHB, cs_TLHB, *flat = ctx.saved_tensors
+        x = InputPart(columns, symbols_TB, scale_TB)
         weights = _layers(flat)
         T, B = len(kept), hs_TLHB.shape[-1]
         L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
@@ -267,9 +272,9 @@ class Recurrence(torch.autograd.Function):
             d_h_LHB = d_before_LHB
 
         grads = _weight_gradients(plan, weights, kept, hs_TLHB, d_LKTB, d_s_LHTB, mask_LHB, gain_grads)
-        d_x_NTB = d_LKTB.flatten(0, 1) if plan.input_skips else d_LKTB[0]
+        d_columns = x.columns_gradient(d_LKTB.flatten(0, 1) if plan.input_skips else d_LKTB[0])
         d_c_BLH = d_c_LHB.permute(2, 0, 1) if plan.has_cell else None
-        return None, d_x_NTB, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, *grads
+        return None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, *grads
 
 
 def _sum(left: Tensor, right_KB: Tensor, add_LHB: Tensor) -> Tensor:

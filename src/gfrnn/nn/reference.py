@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.units import NORM_EPS
 
 
 def recurrence_reference(
     plan: Plan,
-    x_NTB: Tensor,
+    x: InputPart,
     h_BLH: Tensor,
     c_BLH: Tensor | None,
     below_mask_LBH: Tensor | None,
@@ -26,7 +27,7 @@ def recurrence_reference(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs T steps.
 
-    x_NTB: the input's part of the pre-activations of layer 0, or of every layer with input skips.
+    x: the input's part of the pre-activations of layer 0, or of every layer with input skips.
     below_mask_LBH: [L - 1, B, H] dropout masks on what layer j reads from layer j - 1.
     Returns y [T, B, H] ([T, B, L * H] with output skips), h [B, L, H], c [B, L, H] or None.
     """
@@ -34,7 +35,7 @@ def recurrence_reference(
     h = list(h_BLH.unbind(1))
     c = list(c_BLH.unbind(1)) if c_BLH is not None else []
     outputs = []
-    for x_BN in x_NTB.permute(1, 2, 0):
+    for x_BN in x.whole().permute(1, 2, 0):
         h_star = torch.cat(h, dim=1)  # all layers at t - 1
         before: list[Tensor] = list(h)
         passed_up: list[Tensor] = []

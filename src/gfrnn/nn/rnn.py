@@ -202,14 +202,14 @@ class GatedFeedbackRNN(nn.Module):
         if self.weight_ih_l0.dtype == torch.bfloat16:  # DeepSpeed's own bf16: products in bf16, everything else fp32
             plan = dataclasses.replace(plan, compute_dtype=torch.bfloat16)
         h_BLH, c_BLH = self._start(state, batched, B, dtype, input.device)
-        x_NTB = read_input(input, from_input_NI, noise, self.input_dropout, plan.compute_dtype)
+        x = read_input(input, from_input_NI, noise, self.input_dropout, plan.compute_dtype)
         mask_LBH = None
         if noise is not None and self.dropout and self.num_layers > 1:
             masks = [noise.row_mask(PLACE_BELOW + j, self.hidden_size, self.dropout) for j in range(1, self.num_layers)]
             mask_LBH = torch.stack(masks).to(dtype)
 
         run = recurrence_reference if self.reference else recurrence
-        y_TBY, h_BLH, c_next_BLH = run(plan, x_NTB, h_BLH, c_BLH, mask_LBH, weights)
+        y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, weights)
         h_LBH = h_BLH.transpose(0, 1)
         c_LBH = c_next_BLH.transpose(0, 1) if c_next_BLH is not None else None
         if not batched:
