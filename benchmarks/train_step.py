@@ -1,63 +1,187 @@
-"""Characters a second of a training step (forward, backward, no optimizer) on this machine, beside the GEMM peak.
+"""A training step of ours beside what one would use instead: in one process, alternating, on this machine.
 
-    python benchmarks/train_step.py --preset gf-lstm-5x700 --rows 64 --steps 50 --json step.json
+    python benchmarks/train_step.py --json step.json --plot step.png           # gf-lstm-5x700, 64 rows x 50 steps
+    python benchmarks/train_step.py --device cuda --rows 512
 
-Peers measured in the same run, alternating with ours: torch.nn.LSTM with as many layers and about as many weights (fed
-a dense input of its own width), and the plain loop that defines our layer. FLOP are counted by formula: 6 a multiplied
-weight and character; look-ups of one-hot symbols count nothing.
+Peers (peers.py): the preset with unit gates from all layers and from the own one, fp32 and bf16; a loop over pairs of
+layers under autograd; and LSTM stacks with as many layers and about as many weights as the first, fed dense input of
+their own width: ours, torch.nn.LSTM in fp32 and wholly in bf16, on CUDA also flashrnn. FLOP are counted by formula, 6 a
+multiplied weight and character; look-ups of one-hot symbols count nothing. A step is forward and backward; Adam is
+timed apart, as it is the same for all. Peak memory is that of a step beyond the imports, each peer in a process of its
+own.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import math
 import os
-import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
-import torch.nn.functional as F
+from peers import FlashLSTM, Peer, gated_feedback, pair_loop, stack, stack_size
 from rich.console import Console
 from rich.table import Table
 
 from gfrnn.cli import keep_freed_memory
 from gfrnn.config import preset, sizes
-from gfrnn.nn import GatedFeedbackRNN, build_language_model
+from gfrnn.nn import GatedFeedbackRNN
+from gfrnn.runs import versions
 from gfrnn.training.flops import gemm_peak
 
-
-def our_step(name: str, dtype: str, rows: int, steps: int, device: torch.device, *, reference: bool = False):
-    """(one training step, FLOP a character)."""
-    settings = preset(name)
-    model = build_language_model(settings.model, dtype, 0).to(device)
-    if isinstance(model.rnn, GatedFeedbackRNN):
-        model.rnn.reference = reference
-    symbols = torch.randint(0, settings.model.vocab_size, (steps + 1, rows), device=device)
-    state = model.zero_state(rows, device)
-
-    def step() -> None:
-        logits, _ = model(symbols[:-1], state)
-        F.cross_entropy(logits.flatten(0, 1), symbols[1:].flatten()).backward()
-        model.zero_grad()
-
-    return step, sizes(settings.model).train_flops
+PARTS = ("forward", "backward", "optimizer")
 
 
-def torch_lstm_step(weights: int, layers: int, rows: int, steps: int, device: torch.device):
-    """torch.nn.LSTM of about `weights` weights: 8 H^2 a layer."""
-    hidden = round(math.sqrt(weights / (8 * layers)))
-    rnn = torch.nn.LSTM(hidden, hidden, layers).to(device)
-    x = torch.randn(steps, rows, hidden, device=device)
+def builders(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Peer]]:
+    """Every peer by name, not made yet."""
+    model = preset(args.preset).model
+    where = (args.rows, args.steps, device)
+    layers, hidden = model.num_layers, stack_size(sizes(model).train_flops // 6, model.num_layers)
+    found: dict[str, Callable[[], Peer]] = {}
 
-    def step() -> None:
-        rnn(x)[0].sum().backward()
-        rnn.zero_grad()
+    def add(name: str, make: Callable[[str], Peer]) -> None:
+        found[name] = lambda: make(name)
 
-    return step, 6 * 8 * hidden * hidden * layers
+    for gates in ("all", "own"):
+        settings = dataclasses.replace(model, unit_gates=gates)
+        for dtype in ("fp32", "bf16"):
+            name = f"{args.preset}, {gates} layers' unit gates, {dtype}"
+            add(name, lambda name, s=settings, d=dtype: gated_feedback(name, s, d, *where))
+
+    def our_stack(dtype: torch.dtype | None) -> GatedFeedbackRNN:
+        return GatedFeedbackRNN(hidden, hidden, layers, feedback="none", compute_dtype=dtype)
+
+    add(f"our stack, {layers}x{hidden}, fp32", lambda name: stack(name, our_stack(None), *where, torch.float32))
+    add(
+        f"our stack, {layers}x{hidden}, bf16",
+        lambda name: stack(name, our_stack(torch.bfloat16), *where, torch.float32),
+    )
+    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        add(
+            f"torch.nn.LSTM, {layers}x{hidden}, {label}",
+            lambda name, d=dtype: stack(name, torch.nn.LSTM(hidden, hidden, layers), *where, d),
+        )
+    if not args.no_loop:
+        add("loop over pairs, autograd, fp32", lambda name: pair_loop(model, *where))
+    if device.type == "cuda":
+        add(
+            f"flashrnn, {layers}x{hidden}, bf16",
+            lambda name: stack(name, FlashLSTM(hidden, layers), *where, torch.bfloat16),
+        )
+    return found
+
+
+def timed_step(peer: Peer, device: torch.device) -> dict[str, float]:
+    """Seconds of each part of one step."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    begin = now()
+    loss = peer.loss()
+    forward = now()
+    loss.backward()
+    backward = now()
+    peer.optimizer.step()
+    optimizer = now()
+    peer.optimizer.zero_grad()
+    return {"forward": forward - begin, "backward": backward - forward, "optimizer": optimizer - backward}
+
+
+def peak_bytes(build: Callable[[], Peer], device: torch.device) -> int:
+    """Most memory that two steps took, beyond what was there before."""
+
+    before = psutil.Process().memory_info().rss
+    peer = build()
+    for _ in range(2):
+        timed_step(peer, device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def in_own_process(name: str) -> int:
+    """peak_bytes of one peer, in a new process with the same flags."""
+    command = [sys.executable, *sys.argv, "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return int(done.stdout)
+
+
+def measure(made: dict[str, Peer], repeats: int, device: torch.device) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every repeat, by peer and part. The peers alternate; two rounds before the first are not counted."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in made}
+    for repeat in range(-2, repeats):
+        for name, peer in made.items():
+            step = timed_step(peer, device)
+            if repeat >= 0:
+                for part in PARTS:
+                    seconds[name][part].append(step[part])
+    return seconds
+
+
+def summarize(peer: Peer, seconds: dict[str, list[float]], characters: int, peak: float) -> dict[str, Any]:
+    """Figures of one peer."""
+    steps = [forward + backward for forward, backward in zip(seconds["forward"], seconds["backward"], strict=True)]
+    step = statistics.median(steps)
+    return {
+        **{f"{part}_s": statistics.median(seconds[part]) for part in PARTS},
+        "step_s": step,
+        "spread": (max(steps) - min(steps)) / step,
+        "characters_per_second": characters / step,
+        "flops": peer.flops * characters / step,
+        "share_of_peak": peer.flops * characters / step / peak,
+        "parameters": sum(p.numel() for p in peer.module.parameters()),
+    }
+
+
+def show(results: dict[str, dict[str, Any]], title: str) -> None:
+    table = Table(title=title, caption="step: forward and backward; ±: (longest - shortest) / median")
+    for column in ("", "forward s", "backward s", "step s", "±", "Adam s", "characters/s", "GFLOP/s", "of peak", "GB"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for name, found in results.items():
+        table.add_row(
+            name,
+            *(f"{found[key]:.3g}" for key in ("forward_s", "backward_s", "step_s")),
+            f"{found['spread']:.0%}",
+            f"{found['optimizer_s']:.3g}",
+            f"{found['characters_per_second']:,.0f}",
+            f"{found['flops'] / 1e9:,.0f}",
+            f"{found['share_of_peak']:.2f}",
+            f"{found['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in found else "",
+        )
+    Console(width=130).print(table)
+
+
+def plot(results: dict[str, dict[str, Any]], peaks: dict[str, float], title: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    names = list(results)[::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.4), layout="constrained")
+    values = [results[name]["flops"] / 1e9 for name in names]
+    ours = [not name.startswith(("torch", "loop", "flashrnn")) for name in names]
+    bars = axes.barh(names, values, color=["#2f6fb0" if own else "#9aa5b1" for own in ours])
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
+    for dtype, peak in peaks.items():
+        axes.axvline(peak / 1e9, color="#444", linestyle="--", linewidth=1)
+        axes.text(peak / 1e9, len(names) - 0.45, f"{dtype} GEMM", ha="center", va="bottom", fontsize=8, color="#444")
+    axes.set_xlabel("GFLOP/s of forward and backward")
+    axes.set_title(title, loc="left", pad=18, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, 1.08 * max(*values, *(peak / 1e9 for peak in peaks.values())))
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -67,58 +191,61 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--plain-loop", action="store_true", help="also the plain loop: many times slower")
+    parser.add_argument("--only", metavar="TEXT", help="peers with this in their names")
+    parser.add_argument(
+        "--no-loop", action="store_true", help="leave the loop over pairs out: a minute a step on a CPU"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory, which takes new processes")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="a .png, .svg or .pdf")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
     keep_freed_memory()  # as the trainer does
-    model = preset(args.preset).model
-    weights = sizes(model).train_flops // 6
-    peers: dict[str, tuple[Callable[[], None], int]] = {
-        f"{args.preset}, fp32": our_step(args.preset, "fp32", args.rows, args.steps, device),
-        f"{args.preset}, bf16": our_step(args.preset, "bf16", args.rows, args.steps, device),
-        "torch.nn.LSTM, fp32": torch_lstm_step(weights, model.num_layers, args.rows, args.steps, device),
-    }
-    if args.plain_loop:
-        loop = our_step(args.preset, "fp32", args.rows, args.steps, device, reference=True)
-        peers[f"{args.preset}, plain loop, fp32"] = loop
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for repeat in range(args.repeats + 1):  # the first is a warm-up
-        for name, (step, _) in peers.items():
-            begin = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - begin)
-    peak = gemm_peak(device, torch.float32, seconds=1.0)
+    makers = builders(args, device)
+    if args.memory_of:
+        print(peak_bytes(makers[args.memory_of], device))
+        return
+    made: dict[str, Peer] = {}
+    missing = {} if device.type == "cuda" else {"flashrnn": "runs on CUDA only"}
+    for name, make in makers.items():
+        if args.only is None or args.only in name:
+            try:
+                made[name] = make()
+                timed_step(made[name], device)
+            except (ImportError, RuntimeError) as error:  # flashrnn builds its kernels now
+                made.pop(name, None)
+                missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    seconds = measure(made, args.repeats, device)
+    peaks = {"fp32": gemm_peak(device, torch.float32, 1.0), "bf16": gemm_peak(device, torch.bfloat16, 1.0)}
     characters = args.rows * args.steps
     results = {
-        name: {
-            "seconds": statistics.median(times),
-            "spread": (max(times) - min(times)) / statistics.median(times),
-            "characters_per_second": characters / statistics.median(times),
-            "gflops": peers[name][1] * characters / statistics.median(times) / 1e9,
-            "share_of_fp32_peak": peers[name][1] * characters / statistics.median(times) / peak,
-        }
-        for name, times in seconds.items()
+        name: summarize(peer, seconds[name], characters, peaks["bf16" if "bf16" in name else "fp32"])
+        for name, peer in made.items()
     }
-    table = Table(title=f"{args.rows} rows x {args.steps} steps on {device}; fp32 GEMM peak {peak / 1e9:.0f} GFLOP/s")
-    for column in ("", "s a step", "spread", "characters/s", "GFLOP/s", "of fp32 peak"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, found in results.items():
-        table.add_row(
-            name,
-            f"{found['seconds']:.2f}",
-            f"{found['spread']:.0%}",
-            f"{found['characters_per_second']:,.0f}",
-            f"{found['gflops']:.0f}",
-            f"{found['share_of_fp32_peak']:.2f}",
-        )
-    Console(width=110).print(table)
+    made.clear()
+    if not args.no_memory:
+        for name in results:
+            results[name]["peak_bytes"] = in_own_process(name)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} cores"
+    title = f"{args.rows} rows x {args.steps} steps on {machine}, torch {torch.__version__}; GEMM peak "
+    title += ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in peaks.items())
+    show(results, title)
+    for name, reason in missing.items():
+        print(f"not measured: {name}: {reason}")
     if args.json is not None:
-        about = {"torch": torch.__version__, "processor": platform.processor(), "cores": len(os.sched_getaffinity(0))}
-        args.json.write_text(json.dumps({"about": about, "peak_gflops": peak / 1e9, "results": results}, indent=2))
+        about = {
+            **{name: getattr(args, name) for name in ("preset", "rows", "steps", "repeats", "device")},
+            "machine": machine,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        args.json.write_text(
+            json.dumps({"about": about, "gemm_peak": peaks, "results": results, "missing": missing}, indent=2) + "\n"
+        )
+    if args.plot is not None:
+        plot(results, peaks, title, args.plot)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,48 @@ DAMAGE = {
 }
 
 
+FOLDERS = {"summary.json": "/summary.json: Is a directory", "checkpoints/latest": "/latest: Is a directory"}
+MEANINGLESS = {
+    "summary.json": (b'{"finished": true, "step": 2, "without_best": 0}', "it has no 'test_bpc'"),
+    "mlflow.json": (b"[]", "mlflow.json was not written by gfrnn"),
+    "config.json": (b'{"settings": 5, "corpus_md5": ""}', "Settings are 5 in a file"),
+}
+
+
+@pytest.mark.parametrize("file", MEANINGLESS)
+def test_files_that_say_nothing(file: str, run: Path, copy: Path) -> None:
+    content, said = MEANINGLESS[file]
+    (copy / file).write_bytes(content)
+    flags = [*RUN, "--corpus-file", run.parent / "text", "--output-dir", copy]
+    more = [] if file == "summary.json" else ["--max-updates", "3"]
+    assert said in refusal("train", *flags, *more, within=60)
+
+
+@pytest.mark.parametrize("file", FOLDERS)
+def test_a_folder_in_a_files_place(file: str, run: Path, copy: Path) -> None:
+    (copy / file).unlink()
+    (copy / file).mkdir()
+    flags = [*RUN, "--corpus-file", run.parent / "text", "--output-dir", copy, "--max-updates", "3"]
+    assert FOLDERS[file] in refusal("train", *flags, within=60)
+
+
+def test_a_checkpoint_put_together_from_two(run: Path, copy: Path) -> None:
+    flags = [*RUN, "--corpus-file", run.parent / "text"]
+    other = copy.parent / "other"
+    assert train(other, [*map(str, flags), "--hidden-size", "8"])[0] == 0
+    flags += ["--output-dir", copy, "--max-updates", "3"]
+    for file, said in {
+        "optimizer.safetensors": "optimizer.safetensors is not of the model in weights.safetensors",
+        "averages.safetensors": "averages.safetensors is not of the model in weights.safetensors",
+        "state.safetensors": "state.safetensors of the checkpoint is not of this model and --rows",
+    }.items():
+        target = copy / "checkpoints/step-00000002" / file
+        before = target.read_bytes()
+        target.write_bytes((other / "checkpoints/step-00000002" / file).read_bytes())
+        assert said in refusal("train", *flags, within=60)
+        target.write_bytes(before)
+
+
 @pytest.mark.parametrize("file", DAMAGE)
 def test_a_damaged_run_is_not_gone_on_with(file: str, run: Path, copy: Path) -> None:
     content, said = DAMAGE[file]

@@ -219,6 +219,15 @@ def test_all_processes_that_stop_end_at_once() -> None:
     assert time.monotonic() - begin < 4
 
 
+@pytest.mark.parametrize("extra", [{"RANK": "abc"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "-1"}])
+def test_a_launcher_that_sets_nonsense(extra: dict[str, str]) -> None:
+    status, _, err = program("cli.run(lambda: print('x'))", **extra)
+    ((name, value),) = extra.items()
+    least = 1 if name == "WORLD_SIZE" else 0
+    assert status == 2
+    assert err == f"error: environment variable {name} is '{value}'; it must be a number, {least} or more\n"
+
+
 def test_say_is_for_the_first_process() -> None:
     assert program("cli.say('hello')", RANK="0") == (0, "", "hello\n")
     assert program("cli.say('hello')", RANK="1") == (0, "", "")

@@ -132,6 +132,16 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert load_checkpoint(best).trainer["position"]["step"] == 3
 
 
+def test_a_users_own_copies_are_left_alone(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    copies = [run.checkpoints / "step-00000001-keep", run.checkpoints / "step-00000001.tar"]
+    copies[0].mkdir()
+    copies[1].write_text("of mine")
+    for step in range(1, 5):
+        run.save(checkpoint_of(step), step, best=False, keep_last=1)
+    assert sorted(p.name for p in run.checkpoints.glob("step-*")) == [*(p.name for p in copies), "step-00000004"]
+
+
 def test_a_saved_step_can_still_become_the_best(tmp_path: Path) -> None:
     run, saved = new_run(tmp_path / "run"), checkpoint_of(3)
     run.save(saved, 3, best=False, keep_last=2)

@@ -32,6 +32,9 @@ _MENDS = {
     errno.EROFS: "that file system is read-only: give another folder",
     errno.ENOTDIR: "a part of that path is a file: give another folder",
     errno.ENAMETOOLONG: "give a shorter path",
+    errno.EISDIR: "a folder is where a file should be: move it away",
+    errno.EEXIST: "something else is in that place: move it away",
+    errno.EFBIG: "files may not become that large here: raise the limit (ulimit -f) or give another folder",
     errno.ELOOP: "links there go round in a circle: give another path",
 }
 
@@ -89,6 +92,7 @@ def run(main: Callable[[], None]) -> None:
     logging.getLogger("gfrnn").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         try:
+            _check_environment()
             main()
         except SystemExit:  # --help
             sys.stdout.flush()
@@ -171,11 +175,20 @@ def _mend_streams() -> None:
 
 def rank() -> int:
     """This process's number among all; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
 
 
 def world_size() -> int:
+    """How many processes there are; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_environment() -> None:
+    for variable, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
+        text = os.environ.get(variable, "1")
+        if not text.isdecimal() or int(text) < least:
+            raise UserError(f"environment variable {variable} is {text!r}; it must be a number, {least} or more")
 
 
 def say(line: str) -> None:

@@ -206,7 +206,7 @@ class Settings:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Settings:
-        """The inverse of to_json. Unknown names are refused (a run folder of another version)."""
+        """The inverse of to_json. Raises UserError for unknown names (another version's) and values of another type."""
         settings: Settings = _build(Settings, values)
         return settings
 
@@ -493,7 +493,9 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def _build(cls: type, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{cls.__name__} are {values!r} in a file; they must be an object: damaged?")
     known = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -504,7 +506,9 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
         if dataclasses.is_dataclass(default):
             built[name] = _build(type(default), value)
         elif "Path" in str(known[name].type):
-            built[name] = None if value is None else Path(value)
+            built[name] = None if value is None else Path(str(value))
+        elif type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+            raise UserError(f"setting {name} is {value!r} in a file; it must be {type(default).__name__}: damaged?")
         else:
             built[name] = value
     return cls(**built)

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 TensorsByName = dict[str, "Tensor"]
 
+_STEP = re.compile(r"step-\d{8,}")
 _HAS_AVERAGES = "has_averages"  # in trainer.json: whether there must be averages.safetensors beside it
+_RESULTS = ("test_bpc", "valid_bpc", "best_step", "sample")  # in summary.json of a run that finished
 _SECONDS_FOR_ANOTHER_TO_END = 10.0  # a killed launcher's ranks save a last checkpoint
 
 # What may differ when a run is started again in its folder: none of it changes what is being learned.
@@ -93,7 +95,7 @@ class RunFolder:
                 )
             return False
         config = _read_json(self.config_path, "settings", "corpus_md5")
-        differences = _differences(config["settings"], settings.to_json())
+        differences = _differences(Settings.from_json(config["settings"]).to_json(), settings.to_json())
         if differences:
             name, was, now = differences[0]
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
@@ -181,12 +183,15 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """How the run ended; None while it has not. Raises UserError if that is damaged."""
-        return _read_json(self.summary_path, "finished", "step") if self.summary_path.exists() else None
+        if not self.summary_path.exists():
+            return None
+        summary = _read_json(self.summary_path, "finished", "step", "without_best")
+        return _read_json(self.summary_path, *_RESULTS) if summary["finished"] else summary
 
     def mlflow_run_id(self) -> str | None:
         """The MLflow run that follows this folder; None if none does yet."""
         followed = self.path / "mlflow.json"
-        return _read_json(followed).get("run_id") if followed.exists() else None
+        return _read_json(followed, "run_id")["run_id"] if followed.exists() else None
 
     # -- checkpoints
 
@@ -196,7 +201,7 @@ class RunFolder:
         if not pointer.exists():
             return None
         named = pointer.read_bytes().decode(errors="replace").strip()
-        if not re.fullmatch(r"step-\d+", named) or not (self.checkpoints / named).is_dir():
+        if not _STEP.fullmatch(named) or not (self.checkpoints / named).is_dir():
             raise UserError(f"{pointer} names {named!r}, no checkpoint there; write the name of another one into it")
         return self.checkpoints / named
 
@@ -229,7 +234,7 @@ class RunFolder:
         return target
 
     def _remove_old(self, keep_last: int) -> None:
-        found = sorted(self.checkpoints.glob("step-*"))
+        found = sorted(path for path in self.checkpoints.iterdir() if _STEP.fullmatch(path.name))  # not a user's copies
         keep = {*found[-keep_last:], self.named_checkpoint("latest"), self.named_checkpoint("best")}
         for path in found:
             if path not in keep:
@@ -288,10 +293,22 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
         checkpoint.averages = tensors("averages.safetensors")
     if not weights_only:
         for full_name, tensor in tensors("optimizer.safetensors").items():
-            key, name = full_name.split("/", 1)
+            key, _, name = full_name.partition("/")
             checkpoint.optimizer.setdefault(key, {})[name] = tensor
         checkpoint.state = tensors("state.safetensors")
+    _check_content(checkpoint, path)
     return checkpoint
+
+
+def _check_content(checkpoint: Checkpoint, path: Path) -> None:
+    """Raises UserError if a file is of another checkpoint than weights.safetensors."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
+    copies = {"averages": [checkpoint.averages] if checkpoint.averages is not None else []}
+    copies["optimizer"] = list(checkpoint.optimizer.values())
+    for file, found in copies.items():
+        for tensors in found:
+            if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+                raise UserError(f"{path / file}.safetensors is not of the model in weights.safetensors: damaged?")
 
 
 def load_weights(model: LanguageModel, weights: TensorsByName, where: Path | str) -> None:

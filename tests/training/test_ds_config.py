@@ -63,6 +63,8 @@ def test_the_files_are_there() -> None:
         ("", ":1:1: not JSON"),
         ("[1]", "a JSON object"),
         ('{"bf16": {}, "bf16": {}}', "bf16 is there twice"),
+        ('{"zero_optimization": {"stage": %s}}' % ("1" * 5000), "not a config"),
+        ("[" * 200_000, "not a config"),
     ],
 )
 def test_malformed_files(tmp_path: Path, text: str, expected: str) -> None:
@@ -191,6 +193,22 @@ def test_contradictions(config: dict[str, Any], parts: list[str]) -> None:
 )
 def test_unknown_names(config: dict[str, Any], hint: str) -> None:
     assert hint in refused(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is 0; it must be a number greater than 0"),
+        ({"gradient_predivide_factor": "x"}, "gradient_predivide_factor is 'x'"),
+        ({"communication_data_type": 5}, "communication_data_type is 5; it must be one of fp32, bf16, fp16"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown is 'yes'; it must be true or false"),
+        ({"comms_logger": {"enabled": 1}}, "comms_logger.enabled is 1; it must be true or false"),
+        ({"wandb": {"enabled": True}}, "wandb is not supported: runs are tracked in MLflow; remove it"),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler is not supported: speed, time and FLOP are in metrics"),
+    ],
+)
+def test_values_that_deepspeed_does_not_check(config: dict[str, Any], said: str) -> None:
+    assert said in refused(config)
 
 
 @pytest.mark.parametrize("stage", [-1, 4, "2", 2.0, True])

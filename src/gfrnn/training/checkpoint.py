@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gfrnn.config import RunFailed, Settings
+from gfrnn.config import RunFailed, Settings, UserError
 from gfrnn.data import Streams
 from gfrnn.nn import LanguageModel, State
 from gfrnn.runs import Checkpoint, RunFolder, TensorsByName
@@ -91,7 +91,7 @@ def restore(saved: Checkpoint, settings: Settings, shards: Shards, average: Aver
 
     Returns where the run was that wrote the checkpoint.
     """
-    position = Position(**saved.trainer["position"])
+    position = _position_of(saved)
     shards.load_weights(_engine_names(saved.weights))
     if saved.trainer["settings"]["optimization"]["optimizer"] == settings.optimization.optimizer:
         moments = {key: _engine_names(full) for key, full in saved.optimizer.items()}
@@ -99,6 +99,14 @@ def restore(saved: Checkpoint, settings: Settings, shards: Shards, average: Aver
     if average is not None and saved.averages is not None:
         average.load(_engine_names(saved.averages), position.average_count)
     return position
+
+
+def _position_of(saved: Checkpoint) -> Position:
+    """Raises UserError if there is none in it."""
+    try:
+        return Position(**saved.trainer["position"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"trainer.json of the checkpoint has no position, or another version's ({error})") from error
 
 
 def best_weights(shards: Shards, average: Average | None) -> TensorsByName:
@@ -137,6 +145,9 @@ def scatter_state(
         state = model.zero_state(streams.rows_per_micro, device)
         rows, own = _own_rows(streams, micro)
         for key, (part,) in _by_key([state]).items():
+            L, _, H = part.shape
+            if key not in full or full[key].shape != (L, streams.rows, H):
+                raise UserError("state.safetensors of the checkpoint is not of this model and --rows: damaged?")
             part[:, own] = full[key].to(device)[:, rows]
         states.append(state)
     return states

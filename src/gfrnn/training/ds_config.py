@@ -1,7 +1,7 @@
 """A DeepSpeed config file as this package reads it: strategy only, checked before anything heavy is imported.
 
 Settings own sizes, optimizer, schedule and clipping; the file owns how the work is spread (ZeRO stage, offload,
-precision on the wire, profiling). "auto" means "from the settings", as in Hugging Face's files. DeepSpeed 0.19.8
+precision on the wire). "auto" means "from the settings", as in Hugging Face's files. DeepSpeed 0.19.8
 ignores unknown top-level keys and answers wrong values with tracebacks, so names are checked here; a test holds the
 lists below against DeepSpeed's own.
 """
@@ -26,11 +26,13 @@ def _keys(text: str) -> frozenset[str]:
 PASSED = _keys(
     """
     zero_optimization bf16 fp16 communication_data_type data_types comms_logger prescale_gradients
-    gradient_predivide_factor wall_clock_breakdown memory_breakdown flops_profiler timers dump_state
-    disable_python_gc log_level
-    tensorboard wandb comet csv_monitor
+    gradient_predivide_factor wall_clock_breakdown memory_breakdown dump_state disable_python_gc
     """
 )
+
+# Of those, values that DeepSpeed does not check: what they may be, and the test.
+_BOOLEANS = _keys("prescale_gradients wall_clock_breakdown memory_breakdown dump_state disable_python_gc")
+_WIRE = ("fp32", "bf16", "fp16")
 
 # Keys whose value follows from the settings, or from what gfrnn is; a file may say the same or "auto".
 OWNED = _keys(
@@ -60,6 +62,9 @@ _REFUSED = {
         activation_checkpointing aio autotuning compile disable_allgather hybrid_engine vocabulary_size
         weight_quantization
         """,
+    "runs are tracked in MLflow": "tensorboard wandb comet csv_monitor",
+    "speed, time and FLOP are in metrics.jsonl": "flops_profiler timers",
+    "logs are quiet": "log_level",
     "its name is bf16": "bfloat16",
     "the recurrence chooses its own dtypes, use --dtype bf16": "torch_autocast",
 }
@@ -136,6 +141,8 @@ def load_ds_config(path: Path | None) -> dict[str, Any]:
         config = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets as deep
+        raise UserError(f"{path}: not a config: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a JSON object {{...}} is needed, this is {type(config).__name__}")
     return config
@@ -187,6 +194,7 @@ class _Resolver:
             self.refuse(f'zero_optimization is {zero!r}; write {{"stage": {int(zero)}}}')
         zero["stage"] = stage
         self.zero(zero)
+        self.scalars(resolved)
         self.precision(resolved, stage)
         self.owned(config)
         if stage >= 2 and (resolved.get("gradient_predivide_factor", 1.0) != 1.0 or resolved.get("prescale_gradients")):
@@ -238,6 +246,19 @@ class _Resolver:
                 self.refuse(f"zero_optimization.{key} needs stage {lowest} or higher, the stage is {zero['stage']}")
             if offload.get("ratio", 1.0) != 1.0:
                 self.refuse(f"zero_optimization.{key}.ratio is {offload['ratio']}; only all of it, 1.0, is supported")
+
+    def scalars(self, resolved: dict[str, Any]) -> None:
+        logger = {f"comms_logger.{key}": value for key, value in resolved.get("comms_logger", {}).items()}
+        logger.pop("comms_logger.prof_ops", None)
+        for key, value in [*resolved.items(), *logger.items()]:
+            if (key in _BOOLEANS or key in logger) and not isinstance(value, bool):
+                self.refuse(f"{key} is {value!r}; it must be true or false")
+        wire = resolved.get("communication_data_type", "fp32")
+        if wire not in _WIRE:
+            self.refuse(f"communication_data_type is {wire!r}; it must be one of {', '.join(_WIRE)}")
+        factor = resolved.get("gradient_predivide_factor", 1.0)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
+            self.refuse(f"gradient_predivide_factor is {factor!r}; it must be a number greater than 0")
 
     def precision(self, resolved: dict[str, Any], stage: int) -> None:
         for section in ("bf16", "fp16"):

@@ -81,6 +81,7 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
         return
     segments_per_epoch(len(text.train), settings.batch.rows, settings.batch.steps)  # what cannot work answers at once
     run.check_writable()
+    run.mlflow_run_id()  # if its file is damaged, better now than at the first checkpoint
 
     import torch.distributed as dist
 
