@@ -7,9 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -82,6 +85,14 @@ def start_ranks(
         )
         for rank in range(only or processes)
     ]
+
+
+def wait_until_listening(process: subprocess.Popen[str]) -> None:
+    """Until it has opened a port: its process group's."""
+    deadline = time.monotonic() + 60
+    while not any(c.status == psutil.CONN_LISTEN for c in psutil.Process(process.pid).net_connections()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def train(output_dir: Path, flags: Sequence[str] = SMALL, **kwargs: Any) -> tuple[int, str, str]:

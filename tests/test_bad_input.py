@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from launch import BIN, ROOT, SMALL, environment, free_port, script, train
+from launch import BIN, ROOT, SMALL, environment, free_port, script, start_training, train, wait_until_listening
 
 SOON = 6.0  # seconds; 3 are promised, the rest is for a busy machine
 RUN = [*SMALL, "--max-updates", "2"]
@@ -178,6 +180,58 @@ DAMAGE = {
 
 
 FOLDERS = {"summary.json": "/summary.json: Is a directory", "checkpoints/latest": "/latest: Is a directory"}
+
+
+def test_evaluation_on_another_text_than_the_runs(run: Path) -> None:
+    message = refusal("evaluate", run, "--corpus-file", ROOT / "LICENSE", within=60)
+    assert "LICENSE is not the text that the run was trained on; score it with --text-file" in message
+
+
+def test_a_run_that_another_one_began_in_its_folder_meanwhile(run: Path, tmp_path: Path) -> None:
+    """Its check of the folder was before the other's config.json, and its turn comes after the other's end."""
+    output_dir = tmp_path / "new"
+    output_dir.mkdir()
+    lock = FileLock(output_dir / ".lock")
+    lock.acquire()
+    flags = [*RUN, "--corpus-file", str(run.parent / "text"), "--seed", "1"]
+    process = start_training(output_dir, flags)
+    wait_until_listening(process)  # to its process group, the last thing before it asks for the lock
+    time.sleep(1)
+    shutil.copytree(run, output_dir, dirs_exist_ok=True, ignore=lambda *_: [".lock"])
+    lock.release()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith(f"error: --output-dir {output_dir} holds a run with --seed = 0, not 1")
+    assert (output_dir / "config.json").read_bytes() == (run / "config.json").read_bytes()
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = script("train", *RUN, "--output-dir", tmp_path / "run", env=environment(**variables))
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: the processes cannot meet at 127.0.0.1:{port}")
+    assert last.endswith("give another port, --master_port")
+    del variables["MASTER_ADDR"]
+    done = script("train", *RUN, "--output-dir", tmp_path / "run", env=environment(**variables))
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "error: RANK is set, but not MASTER_ADDR; start with the deepspeed command, or unset RANK",
+    )
+
+
+def test_a_reader_of_progress_that_goes_away_ends_no_training(run: Path, tmp_path: Path) -> None:
+    flags = [*RUN, "--corpus-file", str(run.parent / "text"), "--output-dir", str(tmp_path / "run")]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = script("train", *flags, capture_output=False, stdout=subprocess.DEVNULL, stderr=write_end)
+    os.close(write_end)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 MEANINGLESS = {
     "summary.json": (b'{"finished": true, "step": 2, "without_best": 0}', "it has no 'test_bpc'"),
     "mlflow.json": (b"[]", "mlflow.json was not written by gfrnn"),

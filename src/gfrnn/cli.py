@@ -113,6 +113,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         end(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}; {_MENDS[error.errno]}", EXIT_USER)
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU that runs out of memory
+        if rank() != 0 and re.search("closed by peer|reset by peer", str(error)):
+            end("failed: another process is gone", EXIT_FAILED)
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         reason = str(error).split("\n")[0]
@@ -137,39 +139,33 @@ def keep_freed_memory() -> None:
         mallopt(_M_TOP_PAD, 64 << 20)
 
 
-class _Terminal(io.TextIOWrapper):
-    """A terminal whose closing ends no program that has more to do than to write to it."""
+class _Unfailing(io.TextIOWrapper):
+    """Output that may be lost: what cannot be written (a terminal or a reader that is gone, a full disk) is not."""
 
     def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError as error:
-            _ignore_its_end(error)
-            return len(text)
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             super().flush()
-        except OSError as error:
-            _ignore_its_end(error)
-
-
-def _ignore_its_end(error: OSError) -> None:
-    if error.errno != errno.EIO:
-        raise error
 
 
 def _mend_streams() -> None:
-    """Gives output that was closed (`>&-`), or a terminal that will be, somewhere to go; missing characters a '?'."""
+    """No run ends because of what it says on stderr, or on a terminal that closes.
+
+    What was closed from the start (`>&-`) goes nowhere; characters that stdout's encoding lacks become '?'.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the process
             continue
         errors = "replace" if name == "stdout" else stream.errors  # stderr escapes them
-        if stream.isatty():
-            setattr(sys, name, _Terminal(stream.buffer, stream.encoding, errors, line_buffering=True))
-        elif isinstance(stream, io.TextIOWrapper):
+        if name == "stderr" or stream.isatty():
+            setattr(sys, name, _Unfailing(stream.buffer, stream.encoding, errors, line_buffering=True))
+        else:
             stream.reconfigure(errors=errors)
 
 
@@ -185,6 +181,10 @@ def world_size() -> int:
 
 
 def _check_environment() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been removed; cd to one that is there") from None
     for variable, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
         text = os.environ.get(variable, "1")
         if not text.isdecimal() or int(text) < least:

@@ -112,12 +112,13 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raises UserError if a run could not be kept here; makes nothing."""
-        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(path))
         mend = "give another --output-dir"
-        if not there.is_dir():
-            raise UserError(f"--output-dir {self.path}: {there} is not a folder; {mend}")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"--output-dir {self.path}: {there} may not be written to; {mend}")
+        for wanted in (self.path.absolute(), self.checkpoints.absolute()):
+            there = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
+            if not there.is_dir():
+                raise UserError(f"--output-dir {self.path}: {there} is not a folder; {mend}")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise UserError(f"--output-dir {self.path}: {there} may not be written to; {mend}")
         try:
             str(self.path.absolute()).encode()  # safetensors would write there, but not read
         except UnicodeEncodeError as error:
@@ -176,7 +177,7 @@ class RunFolder:
         for number, line in enumerate(lines[:-1], 1):  # after the last newline there is nothing, or a torn line
             try:
                 found.append(json.loads(line))
-                found[-1]["step"]
+                int(found[-1]["step"])
             except (ValueError, LookupError, TypeError) as error:
                 raise UserError(f"{self.metrics_path}:{number}: damaged; delete that line") from error
         return found
@@ -265,9 +266,10 @@ def find_checkpoint(run: str | Path) -> Path:
     return found
 
 
-def checkpoint_settings(path: Path) -> Settings:
-    """The settings that a checkpoint was trained with. Raises UserError if they are missing or damaged."""
-    return Settings.from_json(_read_json(path / "trainer.json", "settings")["settings"])
+def checkpoint_origin(path: Path) -> tuple[Settings, str | None]:
+    """What a checkpoint was trained with: settings, MD5 of the text. Raises UserError if the file is damaged."""
+    trainer = _read_json(path / "trainer.json", "settings")
+    return Settings.from_json(trainer["settings"]), trainer.get("corpus_md5")
 
 
 def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
@@ -280,6 +282,7 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
 
     def tensors(name: str) -> TensorsByName:
         try:
+            (path / name).open("rb").close()  # safetensors calls every failure a missing file
             return load_file(path / name)
         except (SafetensorError, FileNotFoundError) as error:
             raise UserError(

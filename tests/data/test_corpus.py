@@ -205,6 +205,19 @@ def test_a_file_named_as_a_corpus_must_be_it(tmp_path: Path, name: str) -> None:
     assert _load(tmp_path / "kept", corpus_file=path.rename(tmp_path / "mine")).name == "mine"
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "missing"])
+def test_a_damaged_arrow_file(tmp_path: Path, damage: str) -> None:
+    path = _write(tmp_path / "text", PLAIN[:5000])
+    _load(tmp_path, corpus_file=path)
+    (arrow,) = (tmp_path / "arrow").rglob("text-valid.arrow")
+    content = arrow.read_bytes()
+    if damage == "missing":
+        arrow.unlink()
+    else:
+        arrow.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 1000}[damage])
+    assert f"{arrow.parent} is damaged; delete it, and it is built again" in _refused(tmp_path, corpus_file=path)
+
+
 def test_importing_is_cheap_and_a_built_text_needs_no_datasets(tmp_path: Path) -> None:
     _load(tmp_path, corpus="enwik8-1m")
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

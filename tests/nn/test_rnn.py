@@ -133,6 +133,39 @@ def test_function_equals_plain_loop(unit, feedback, gates, skips, layer_norm):
     assert sum(float(g.abs().sum() > 0) for g in wanted) == len(wanted)  # nothing was left out of the comparison
 
 
+SHAPES = [(3, 5, 1, 1, 1), (7, 13, 2, 1, 3), (4, 33, 3, 9, 1), (1, 1, 2, 3, 2), (5, 24, 4, 6, 7)]  # I, H, L, T, B
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("symbols", [False, True])
+@pytest.mark.parametrize(("feedback", "gates"), [("none", "all"), ("full", "own"), ("gated", "all"), ("gated", "own")])
+@pytest.mark.parametrize("unit", UNITS)
+def test_function_equals_plain_loop_as_it_trains(unit, feedback, gates, symbols, shape):
+    """In fp32 and bf16, which take other products than the checks in float64; sizes that no vector unit likes."""
+    inputs, H, L, T, B = shape
+    sizes_ = (inputs, H, L)
+    rnn = make(unit, feedback, gates, "all_skips", sizes_, dropout=0.2, input_dropout=0.2).float()
+    for p in rnn.parameters():  # small enough that steps do not multiply a rounding
+        p.data *= min(1.0, 2 / (L * H) ** 0.5)
+    x = torch.randint(inputs, (T, B)) if symbols else torch.randn(T, B, inputs)
+    state = tuple(s.detach().float() for s in flat(start(rnn, B)))
+    state = state if rnn.plan.has_cell else state[0]
+    noise = Noise(seed=3, update=4, rows_B=torch.arange(B))
+    outputs, gradients = run_with_gradients(rnn, x, state, noise=noise)
+    plan = rnn.plan
+    rnn.plan = dataclasses.replace(plan, compute_dtype=torch.bfloat16)
+    rounded, rounded_gradients = run_with_gradients(rnn, x, state, noise=noise)
+    rnn.plan, rnn.reference = plan, True
+    expected, wanted = run_with_gradients(rnn, x, state, noise=noise)
+    for got, near, want in zip(
+        [*outputs, *gradients], [*rounded, *rounded_gradients], [*expected, *wanted], strict=True
+    ):
+        assert got.dtype == near.dtype == torch.float32
+        scale = want.abs().max().clamp(min=1e-3)
+        assert (got - want).abs().max() <= 1e-5 * scale
+        assert (near - want).norm() <= 0.05 * max(want.norm(), 0.1)
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_pieces_with_carried_state_equal_the_whole(unit):
     rnn = make(unit, "gated", "all", "all_skips")
@@ -236,6 +269,18 @@ def test_bf16_products_stay_near_fp32():
         assert not torch.equal(got, want)
 
 
+def test_parameters_of_a_narrow_type():
+    """Made so, or taken over from torch: products of bf16, everything else fp32."""
+    rnn = GatedFeedbackRNN(3, 8, 2, dtype=torch.bfloat16)
+    assert rnn.weight_hc_l0.dtype == torch.bfloat16
+    assert rnn(torch.randn(4, 2, 3))[0].dtype == torch.float32
+    lstm = torch.nn.LSTM(3, 8, 2, dropout=0.5).to(torch.bfloat16).eval()
+    ours = GatedFeedbackRNN.from_torch(lstm)
+    assert not ours.training
+    x = torch.randn(4, 2, 3).to(torch.bfloat16)
+    torch.testing.assert_close(ours(x)[0], lstm(x)[0].float(), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -257,6 +302,8 @@ def test_bad_inputs():
         rnn(torch.zeros(2, 2, 5))
     with pytest.raises(ValueError, match="no steps"):
         rnn(torch.zeros(0, 2, 3))
+    with pytest.raises(ValueError, match="no rows"):
+        rnn(torch.zeros(2, 0, 3))
     with pytest.raises(ValueError, match=r"\(h, c\)"):
         rnn(torch.zeros(2, 2, 3), torch.zeros(2, 2, 4))
     with pytest.raises(ValueError, match="expected"):

@@ -26,6 +26,7 @@ from launch import (
     summary,
     train,
     validations,
+    wait_until_listening,
 )
 
 FLAGS = [*SMALL, "--max-updates", "400", "--valid-every", "150", "--checkpoint-every", "100", "--dropout", "0.2"]
@@ -88,8 +89,9 @@ def test_data_and_logging_cost_little(tmp_path):
     assert 0 < shares[2] < 0.02
 
 
-def test_one_process_gives_the_same_losses(whole, tmp_path):
-    status, _, err = train(tmp_path / "run", FLAGS)
+@pytest.mark.parametrize("launcher", [False, True])
+def test_one_process_gives_the_same_losses(whole, tmp_path, launcher):
+    status, _, err = train(tmp_path / "run", FLAGS, launcher=launcher)
     assert status == 0, err
     alone, together = losses(tmp_path / "run"), losses(whole)
     assert max(abs(alone[step] - together[step]) / together[step] for step in range(1, 101)) < 1e-5
@@ -178,10 +180,7 @@ def test_a_terminal_that_closes_checkpoints(tmp_path):
 def test_a_signal_before_training(tmp_path):
     """To a process that waits for another one, which is never started."""
     (process,) = start_ranks([ROOT / "src/train.py", *SMALL, "--output-dir", tmp_path / "run"], 2, only=1)
-    deadline = time.monotonic() + 60
-    while not any(c.status == psutil.CONN_LISTEN for c in psutil.Process(process.pid).net_connections()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_listening(process)
     time.sleep(1)
     process.terminate()
     out, err = process.communicate(timeout=10)
@@ -319,6 +318,17 @@ def test_every_kind_trains_and_resumes(tmp_path, options):
     status, _, err = train(again, [*flags, "--max-updates", "60", "--schedule", "constant"])
     assert status == 0, err
     assert losses(again) == first
+
+
+def test_a_resume_between_two_logged_lines(tmp_path):
+    flags = [*SMALL, "--schedule", "constant", "--log-every", "8", "--max-updates", "60", "--checkpoint-every", "30"]
+    status, _, err = train(tmp_path / "run", flags)
+    assert status == 0, err
+    again = killed_after_30(tmp_path / "run", tmp_path / "again")
+    status, _, err = train(again, flags)
+    assert status == 0, err
+    assert losses(again) == losses(tmp_path / "run")
+    assert sorted(losses(again)) == [*range(8, 60, 8), 60]
 
 
 def killed_after_30(output_dir: Path, again: Path) -> Path:

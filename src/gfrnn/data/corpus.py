@@ -14,6 +14,7 @@ Environment: GFRNN_CORPUS_URL, base URL of a mirror, to which enwik8.zip or text
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import http.client
@@ -90,7 +91,10 @@ def load_text(settings: DataSettings) -> Text:
     Any number of processes may call this at the same time on one folder: one works, the others wait for it.
     Raises UserError for a corpus that cannot be had, read or kept.
     """
-    root = settings.data_dir.expanduser()
+    try:
+        root = settings.data_dir.expanduser()
+    except RuntimeError as error:  # a container's user without a home
+        raise UserError(f"--data-dir {settings.data_dir}: there is no home folder here; give another one") from error
     read: Callable[[], bytearray]  # called only where the text is not built yet
     if settings.corpus_file is not None:
         path = settings.corpus_file.expanduser()
@@ -111,7 +115,16 @@ def load_text(settings: DataSettings) -> Text:
             with _only_one(folder.with_name(folder.name + ".lock")):
                 if not folder.is_dir():  # another process may have built it while this one waited
                     _build(folder, read())
-        return Text(name, identity.md5, **{split: _mapped(folder / f"text-{split}.arrow") for split in SPLIT})
+        try:
+            parts = {split: _mapped(folder / f"text-{split}.arrow") for split in SPLIT}
+            damaged = sum(map(len, parts.values())) != identity.size
+        except (OSError, ValueError, LookupError) as error:
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):  # what pyarrow finds out has no number
+                raise
+            damaged = True
+        if damaged:
+            raise UserError(f"{folder} is damaged; delete it, and it is built again")
+        return Text(name, identity.md5, **parts)
     except OSError as error:
         raise UserError(
             f"cannot keep the corpus in {root}: {error.strerror}; make room there or give another folder, --data-dir"

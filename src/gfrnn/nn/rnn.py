@@ -149,7 +149,9 @@ class GatedFeedbackRNN(nn.Module):
             if name.startswith(("weight_hc", "weight_hu")):
                 for rows in p.data.split(self.hidden_size, dim=0):
                     for block in rows.split(self.hidden_size, dim=1):
-                        nn.init.orthogonal_(block)
+                        # orthogonal_ knows no narrow types
+                        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+                        block.copy_(nn.init.orthogonal_(wide))
             elif name.startswith("weight"):
                 nn.init.uniform_(p, -bound, bound)
             elif name.startswith("norm"):
@@ -173,10 +175,10 @@ class GatedFeedbackRNN(nn.Module):
             noise: where dropout masks come from; None draws fresh ones, as nn.Dropout does. Unused in eval mode.
 
         Returns:
-            output [T, B, H] ([.., L * H] with output skips) and the state after the last step.
+            output [T, B, H] ([.., L * H] with output skips) and the state after the last step; fp32 of bf16 parameters.
 
         Raises:
-            ValueError: shapes that do not fit, no steps.
+            ValueError: shapes that do not fit, no steps, no rows.
         """
         symbols = not input.is_floating_point()
         batched = input.dim() == (2 if symbols else 3)
@@ -189,8 +191,8 @@ class GatedFeedbackRNN(nn.Module):
         if not symbols and input.shape[2] != self.input_size:
             raise ValueError(f"input is {input.shape[2]} wide; this network has input_size={self.input_size}")
         T, B = input.shape[:2]
-        if T == 0:
-            raise ValueError("input has no steps")
+        if T == 0 or B == 0:
+            raise ValueError(f"input has no {'steps' if T == 0 else 'rows'}")
         if self.training and noise is None and (self.dropout or self.input_dropout or self.weight_dropout):
             noise = Noise.fresh(B, input.device)
         if not self.training:
@@ -305,7 +307,7 @@ class GatedFeedbackRNN(nn.Module):
             hidden_bias=unit == "gru" and module.bias,
             device=weight.device,
             dtype=weight.dtype,
-        )
+        ).train(module.training)
         order, H = _TORCH_ROWS[unit], module.hidden_size
         with torch.no_grad():
             for j in range(module.num_layers):

@@ -7,8 +7,9 @@ Legend: L layers, B rows of a micro-batch, R global rows, H units.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,17 @@ from gfrnn.runs import Checkpoint, RunFolder, TensorsByName
 from gfrnn.training.shards import Average, Shards
 
 _PREFIX = "model."  # of parameter names in SegmentLoss; a checkpoint has those of LanguageModel
+
+
+@dataclass
+class Window:
+    """Sums since the last logged line."""
+
+    bits: float = 0.0
+    updates: int = 0
+    seconds: float = 0.0
+    overhead_seconds: float = 0.0
+    """Of those, spent on fetching batches and on writing the line before this window."""
 
 
 @dataclass
@@ -38,6 +50,7 @@ class Position:
     rate_scale: float = 1.0
     mean_norm: float = 0.0
     """Of ExplosionGuard."""
+    window: Window = field(default_factory=Window)
     average_count: int = 0
     optimizer_step: int = 0
 
@@ -50,6 +63,7 @@ def gather_checkpoint(
     states: Sequence[State],
     streams: Streams,
     mlflow_run_id: str | None,
+    corpus_md5: str,
 ) -> Checkpoint:
     """Everything that must survive a restart; counts of the optimizer and the average go into `position` first."""
     moments, position.optimizer_step = shards.optimizer_state(on_all_ranks=False)
@@ -66,6 +80,7 @@ def gather_checkpoint(
             "position": dataclasses.asdict(position),
             "settings": settings.to_json(),
             "mlflow_run_id": mlflow_run_id,
+            "corpus_md5": corpus_md5,
         },
     )
 
@@ -74,16 +89,26 @@ def write_checkpoint(
     run: RunFolder, saved: Checkpoint, step: int, *, best: bool, keep_last: int, device: torch.device
 ) -> None:
     """Rank 0 writes what gather_checkpoint gave it; every rank raises if that fails."""
-    failure = None
-    if dist.get_rank() == 0:
-        try:
+    with on_first_process("write the checkpoint", device) as first:
+        if first:
             run.save(saved, step, best=best, keep_last=keep_last)
-        except OSError as error:  # a full disk, say: the others must hear of it, not of a lost connection
-            failure = error
+
+
+@contextmanager
+def on_first_process(what: str, device: torch.device) -> Iterator[bool]:
+    """For a block that only rank 0 works in: yields whether this is it; every rank raises if the block fails there.
+
+    Of a full disk, say, the others must hear, and not of a lost connection.
+    """
+    failure = None
+    try:
+        yield dist.get_rank() == 0
+    except (OSError, UserError) as error:
+        failure = error
     failures = torch.tensor(float(failure is not None), device=device)
     dist.all_reduce(failures)
     if failures:
-        raise failure or RunFailed("the first process could not write the checkpoint")
+        raise failure or RunFailed(f"the first process could not {what}")
 
 
 def restore(saved: Checkpoint, settings: Settings, shards: Shards, average: Average | None) -> Position:
@@ -104,7 +129,8 @@ def restore(saved: Checkpoint, settings: Settings, shards: Shards, average: Aver
 def _position_of(saved: Checkpoint) -> Position:
     """Raises UserError if there is none in it."""
     try:
-        return Position(**saved.trainer["position"])
+        values = saved.trainer["position"]
+        return Position(**{**values, "window": Window(**values["window"])})
     except (KeyError, TypeError) as error:
         raise UserError(f"trainer.json of the checkpoint has no position, or another version's ({error})") from error
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from gfrnn.config import OptimizerSettings, UserError
@@ -38,13 +39,21 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> torch.device
     _quiet()
     if "RANK" not in os.environ:
         os.environ.update(_ALONE, MASTER_PORT=str(free_port()))
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set, but not {missing[0]}; start with the deepspeed command, or unset RANK")
     cuda = os.environ["DS_ACCELERATOR"] == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     # The shared-memory all-reduce for CPUs is compiled at first use (71 s, a hang after a killed build); gloo does.
     vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the processes cannot meet at {where} ({reason}); give another port, --master_port") from error
     return device
 
 

@@ -66,7 +66,7 @@ def _main() -> None:
 
     results = evaluate(settings)
     if settings.json is not None:
-        write_json(settings.json, results)
+        write_json(settings.json.resolve(), results)  # a link stays one
 
 
 def _validate(settings: EvaluateSettings) -> None:
@@ -84,8 +84,10 @@ def _validate(settings: EvaluateSettings) -> None:
         raise UserError(f"--dynamic-decay is {settings.dynamic_decay}; it must be at most 1")
     if settings.text_file is not None and settings.corpus_file is not None:
         raise UserError("--corpus-file has no effect beside --text-file: leave one of them out")
-    if settings.json is not None and (settings.json.is_dir() or not settings.json.parent.is_dir()):
-        raise UserError(f"--json {settings.json}: cannot be written: give a file in a folder that exists")
+    if settings.json is not None:
+        path = settings.json.resolve()
+        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+            raise UserError(f"--json {settings.json}: cannot be written: give a file in a folder that exists")
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
@@ -94,10 +96,10 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     from rich.table import Table
     from rich.text import Text
 
-    from gfrnn.runs import checkpoint_settings, find_checkpoint, load_checkpoint, load_model
+    from gfrnn.runs import checkpoint_origin, find_checkpoint, load_checkpoint, load_model
     from gfrnn.training.sample import device_of
 
-    texts = _texts(settings, checkpoint_settings(find_checkpoint(settings.run)))  # a wrong path answers before torch
+    texts = _texts(settings, *checkpoint_origin(find_checkpoint(settings.run)))  # a wrong path answers before torch
     device = device_of(settings.device)
     from gfrnn.training.evaluation import score, score_dynamic
 
@@ -154,7 +156,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     return results
 
 
-def _texts(settings: EvaluateSettings, trained: Settings) -> dict[str, Bytes]:
+def _texts(settings: EvaluateSettings, trained: Settings, corpus_md5: str | None) -> dict[str, Bytes]:
     """What to score, by name: the file given, else the corpus' validation and test parts."""
     from gfrnn.data import load_text, read_bytes
 
@@ -164,6 +166,11 @@ def _texts(settings: EvaluateSettings, trained: Settings) -> dict[str, Bytes]:
     if settings.corpus_file is not None:
         data = dataclasses.replace(data, corpus_file=settings.corpus_file)
     corpus = load_text(data)
+    if corpus_md5 not in (None, corpus.md5):
+        raise UserError(
+            f"{corpus.name} is not the text that the run was trained on; score it with --text-file, "
+            "or give that text with --corpus-file"
+        )
     return {"valid": corpus.valid, "test": corpus.test}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -23,6 +22,7 @@ from gfrnn.runs import RunFolder, find_checkpoint, load_checkpoint, load_weights
 from gfrnn.training import shards as sharding
 from gfrnn.training.checkpoint import (
     Position,
+    Window,
     best_weights,
     gather_checkpoint,
     restore,
@@ -52,17 +52,6 @@ class Done(NamedTuple):
     rate: float
     stop: bool
     save: bool
-
-
-@dataclass
-class Window:
-    """Sums since the last logged line."""
-
-    bits: float = 0.0
-    updates: int = 0
-    seconds: float = 0.0
-    overhead_seconds: float = 0.0
-    """Of those, spent on fetching batches and on writing the line before this window."""
 
 
 class Trainer:
@@ -122,7 +111,6 @@ class Trainer:
         self.last_save = time.monotonic()
         self.guard = ExplosionGuard(optimization.halve_on_explosion, self.position.rate_scale, self.position.mean_norm)
         self.last_norms: list[float] = []
-        self.window = Window()
 
     # ---------------------------------------------------------------------------------------------- the loop
 
@@ -174,7 +162,7 @@ class Trainer:
         for micro in range(batch.accumulation):
             reading = time.perf_counter()
             inputs_TB, targets_TB = self.streams.batch(segment, micro)
-            self.window.overhead_seconds += time.perf_counter() - reading
+            self.position.window.overhead_seconds += time.perf_counter() - reading
             noise = Noise(self.settings.seed, step, self.streams.micro_rows(micro))
             loss, micro_bits, self.states[micro] = self.engine(
                 inputs_TB, targets_TB, self.streams.weights(micro), self.states[micro], noise, divisor
@@ -190,9 +178,9 @@ class Trainer:
         if self.average is not None and step >= self.settings.optimization.average_from:
             self.average.update()
         self.position.step = step + 1
-        self.window.bits += done.bpc
-        self.window.updates += 1
-        self.window.seconds += time.perf_counter() - begin
+        self.position.window.bits += done.bpc
+        self.position.window.updates += 1
+        self.position.window.seconds += time.perf_counter() - begin
         return done
 
     def _agree(self, bits: torch.Tensor, norm: torch.Tensor, rate: float) -> Done:
@@ -269,7 +257,7 @@ class Trainer:
         return float(bits / characters)
 
     def _log(self, done: Done) -> None:
-        begin, window = time.perf_counter(), self.window
+        begin, window = time.perf_counter(), self.position.window
         speed = window.updates * self.streams.count_per_update / window.seconds
         mfu = speed * sizes(self.settings.model).train_flops / self.peak
         bpc = window.bits / window.updates
@@ -289,7 +277,7 @@ class Trainer:
         )
         self.progress.show(self.position.step, bpc, speed, mfu)
         spent = time.perf_counter() - begin
-        self.window = Window(seconds=spent, overhead_seconds=spent)
+        self.position.window = Window(seconds=spent, overhead_seconds=spent)
 
     def _write_line(self, values: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -335,8 +323,16 @@ class Trainer:
         now = self._wall_clock()
         position.wall_clock_s, self.clock = now, time.monotonic()
         position.rate_scale, position.mean_norm = self.guard.scale, self.guard.mean
-        run_id = self.run.mlflow_run_id()
-        saved = gather_checkpoint(position, self.settings, self.shards, self.average, self.states, self.streams, run_id)
+        saved = gather_checkpoint(
+            position,
+            self.settings,
+            self.shards,
+            self.average,
+            self.states,
+            self.streams,
+            self.run.mlflow_run_id(),
+            self.text.md5,
+        )
         keep_last = self.settings.run.keep_last
         write_checkpoint(self.run, saved, position.step, best=best, keep_last=keep_last, device=self.device)
         self.saved_step, self.last_save = position.step, time.monotonic()

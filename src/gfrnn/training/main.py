@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -71,6 +72,7 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
 
     text = load_text(settings.data)
     run.check(settings, text.md5)
+    run.mlflow_run_id()  # if its file is damaged, better now than at the first checkpoint
     finished = _finished(run, settings)
     if finished is not None:
         cli.say(f"{run.path} is finished already; give another --output-dir, or a larger --max-updates to go on")
@@ -81,21 +83,22 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
         return
     segments_per_epoch(len(text.train), settings.batch.rows, settings.batch.steps)  # what cannot work answers at once
     run.check_writable()
-    run.mlflow_run_id()  # if its file is damaged, better now than at the first checkpoint
 
     import torch.distributed as dist
 
+    from gfrnn.training.checkpoint import on_first_process
     from gfrnn.training.engine import init_distributed
     from gfrnn.training.loop import Trainer
 
     device = init_distributed()
-    if dist.get_rank() == 0:
-        run.lock()
-        latest = run.named_checkpoint("latest")
-        run.create(settings, ds_config, text.md5)
-        run.truncate_metrics(int(latest.name.removeprefix("step-")) if latest is not None else 0)
-        run.summary_path.unlink(missing_ok=True)
-    dist.barrier()
+    with on_first_process("take the run folder", device) as first:
+        if first:
+            run.lock()
+            run.check(settings, text.md5)  # again: another training may have begun here and ended
+            latest = run.named_checkpoint("latest")
+            run.create(settings, ds_config, text.md5)
+            run.truncate_metrics(int(latest.name.removeprefix("step-")) if latest is not None else 0)
+            run.summary_path.unlink(missing_ok=True)
     tracked = settings.run.mlflow and dist.get_rank() == 0
     tracker = Tracker.start(run.path, settings.run.experiment) if tracked else None
     trainer = Trainer(settings, ds_config, run, text, device)
@@ -145,8 +148,9 @@ def _print_results(summary: dict[str, Any], settings: Settings, run: RunFolder) 
         print(f"first:      . {os.path.relpath(sys.prefix)}/bin/activate")
     if settings.run.mlflow:
         print(f"its curves: {ui_command(run.path)}")
-    print(f"score it:   python src/evaluate.py {run.path}")
-    print(f"more text:  python src/sample.py {run.path} --prompt 'The '")
+    path = shlex.quote(str(run.path))
+    print(f"score it:   python src/evaluate.py {path}")
+    print(f"more text:  python src/sample.py {path} --prompt 'The '")
     if settings.preset == "demo":
         print("full size:  deepspeed src/train.py --deepspeed ds_configs/z2.json   (gf-lstm-5x700 on enwik8, for GPUs)")
 
