@@ -178,7 +178,7 @@ def plot(results: dict[str, dict[str, Any]], peaks: dict[str, float], title: str
         axes.axvline(peak / 1e9, color="#444", linestyle="--", linewidth=1)
         axes.text(peak / 1e9, len(names) - 0.45, f"{dtype} GEMM", ha="center", va="bottom", fontsize=8, color="#444")
     axes.set_xlabel("GFLOP/s of forward and backward")
-    axes.set_title(title, loc="left", pad=18, fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(0, 1.08 * max(*values, *(peak / 1e9 for peak in peaks.values())))
     figure.savefig(path, dpi=150)
@@ -228,9 +228,9 @@ def main() -> None:
         for name in results:
             results[name]["peak_bytes"] = in_own_process(name)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} cores"
-    title = f"{args.rows} rows x {args.steps} steps on {machine}, torch {torch.__version__}; GEMM peak "
-    title += ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in peaks.items())
-    show(results, title)
+    title = f"{args.rows} rows x {args.steps} steps on {machine}, torch {torch.__version__}"
+    peak_text = ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in peaks.items())
+    show(results, f"{title}; GEMM peak {peak_text}")
     for name, reason in missing.items():
         print(f"not measured: {name}: {reason}")
     if args.json is not None:
