@@ -45,8 +45,10 @@ def language_model(name: str, model: LanguageModel, rows: int, steps: int, devic
     return Peer(name, model, loss, sizes(settings).train_flops)
 
 
-def gated_feedback(name: str, settings: ModelSettings, dtype: str, rows: int, steps: int, device: torch.device) -> Peer:
-    return language_model(name, build_language_model(settings, dtype, 0), rows, steps, device)
+def gated_feedback(
+    name: str, settings: ModelSettings, dtype: str, rows: int, steps: int, device: torch.device, recompute: int = 0
+) -> Peer:
+    return language_model(name, build_language_model(settings, dtype, 0, recompute=recompute), rows, steps, device)
 
 
 def pair_loop(settings: ModelSettings, rows: int, steps: int, device: torch.device) -> Peer:

@@ -39,6 +39,9 @@ from gfrnn.runs import versions
 from gfrnn.training.flops import gemm_peak
 
 PARTS = ("forward", "backward", "optimizer")
+CAPTION = (
+    "step: forward and backward; ±: (longest - shortest) / median; act.: memory beside weights, gradients and Adam"
+)
 
 
 def builders(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Peer]]:
@@ -56,6 +59,10 @@ def builders(args: argparse.Namespace, device: torch.device) -> dict[str, Callab
         for dtype in ("fp32", "bf16"):
             name = f"{args.preset}, {gates} layers' unit gates, {dtype}"
             add(name, lambda name, s=settings, d=dtype: gated_feedback(name, s, d, *where))
+            if args.recompute:
+                again = {"recompute": args.recompute}
+                name += f", recompute {args.recompute}"
+                add(name, lambda name, s=settings, d=dtype, k=again: gated_feedback(name, s, d, *where, **k))
 
     def our_stack(dtype: torch.dtype | None) -> GatedFeedbackRNN:
         return GatedFeedbackRNN(hidden, hidden, layers, feedback="none", compute_dtype=dtype)
@@ -99,25 +106,38 @@ def timed_step(peer: Peer, device: torch.device) -> dict[str, float]:
     return {"forward": forward - begin, "backward": backward - forward, "optimizer": optimizer - backward}
 
 
-def peak_bytes(build: Callable[[], Peer], device: torch.device) -> int:
-    """Most memory that two steps took, beyond what was there before."""
+def memory(build: Callable[[], Peer], device: torch.device) -> dict[str, int]:
+    """Bytes that two steps took at most, and what forward and backward took beside weights and gradients."""
 
-    before = psutil.Process().memory_info().rss
+    def most() -> int:
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def now() -> int:
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+    torch.nn.LSTM(8, 8).to(device)(torch.zeros(2, 2, 8, device=device))[0].sum().backward()  # loads what is loaded late
+    start = now()
     peer = build()
-    for _ in range(2):
-        timed_step(peer, device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    built = now()
+    peer.loss().backward()
+    gradients = sum(p.numel() * p.element_size() for p in peer.module.parameters())
+    activations = most() - built - gradients
+    peer.optimizer.step()
+    peer.optimizer.zero_grad()
+    timed_step(peer, device)
+    return {"peak_bytes": most() - start, "activation_bytes": activations}
 
 
-def in_own_process(name: str) -> int:
-    """peak_bytes of one peer, in a new process with the same flags."""
+def in_own_process(name: str) -> dict[str, int]:
+    """Memory of one peer, in a new process with the same flags."""
     command = [sys.executable, *sys.argv, "--memory-of", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return int(done.stdout)
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
 
 
 def measure(made: dict[str, Peer], repeats: int, device: torch.device) -> dict[str, dict[str, list[float]]]:
@@ -148,8 +168,20 @@ def summarize(peer: Peer, seconds: dict[str, list[float]], characters: int, peak
 
 
 def show(results: dict[str, dict[str, Any]], title: str) -> None:
-    table = Table(title=title, caption="step: forward and backward; ±: (longest - shortest) / median")
-    for column in ("", "forward s", "backward s", "step s", "±", "Adam s", "characters/s", "GFLOP/s", "of peak", "GB"):
+    table = Table(title=title, caption=CAPTION)
+    for column in (
+        "",
+        "forward s",
+        "backward s",
+        "step s",
+        "±",
+        "Adam s",
+        "characters/s",
+        "GFLOP/s",
+        "of peak",
+        "GB",
+        "act. GB",
+    ):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, found in results.items():
         table.add_row(
@@ -160,9 +192,9 @@ def show(results: dict[str, dict[str, Any]], title: str) -> None:
             f"{found['characters_per_second']:,.0f}",
             f"{found['flops'] / 1e9:,.0f}",
             f"{found['share_of_peak']:.2f}",
-            f"{found['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in found else "",
+            *(f"{found[key] / 1e9:.2f}" if key in found else "" for key in ("peak_bytes", "activation_bytes")),
         )
-    Console(width=130).print(table)
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
 
 
 def plot(results: dict[str, dict[str, Any]], peaks: dict[str, float], title: str, path: Path) -> None:
@@ -191,6 +223,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--recompute", type=int, default=0, metavar="K", help="also ours with this setting")
     parser.add_argument("--only", metavar="TEXT", help="peers with this in their names")
     parser.add_argument(
         "--no-loop", action="store_true", help="leave the loop over pairs out: a minute a step on a CPU"
@@ -204,7 +237,7 @@ def main() -> None:
     keep_freed_memory()  # as the trainer does
     makers = builders(args, device)
     if args.memory_of:
-        print(peak_bytes(makers[args.memory_of], device))
+        print(json.dumps(memory(makers[args.memory_of], device)))
         return
     made: dict[str, Peer] = {}
     missing = {} if device.type == "cuda" else {"flashrnn": "runs on CUDA only"}
@@ -226,7 +259,7 @@ def main() -> None:
     made.clear()
     if not args.no_memory:
         for name in results:
-            results[name]["peak_bytes"] = in_own_process(name)
+            results[name] |= in_own_process(name)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} cores"
     title = f"{args.rows} rows x {args.steps} steps on {machine}, torch {torch.__version__}"
     peak_text = ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in peaks.items())

@@ -94,6 +94,8 @@ class BatchSettings:
     """Segment length T of truncated backpropagation through time."""
     accumulation: int = 1
     """Micro-batches an update: each process reads its rows in this many parts, one after another."""
+    recompute: int = 0
+    """Keep the state of every so many steps and compute the rest again in backward: less memory, more time. 0: no."""
     reset_every: int = 0
     """Zero the carried state every so many updates; 0: only when an epoch starts."""
     reset_probability: float = 0.0
@@ -244,6 +246,7 @@ def validate(settings: Settings) -> None:
     not_negative = {
         "--embedding-size": m.embedding_size,
         "--reset-every": b.reset_every,
+        "--recompute": b.recompute,
         "--weight-decay": o.weight_decay,
         "--clip": o.clip,
         "--halve-on-explosion": o.halve_on_explosion,
@@ -314,6 +317,7 @@ def without_effect(settings: Settings) -> list[str]:
     if m.num_layers == 1 and m.unit != "mrnn":  # a single layer reads the input and feeds the softmax anyway
         found += [f"{flag} has no effect on a single layer" for flag in list(asked)[:3] if asked[flag]]
     if m.unit == "mrnn":
+        asked["--recompute"] = settings.batch.recompute > 0
         found += [f"{flag} has no effect on --unit mrnn" for flag, given in asked.items() if given]
     if m.unit_gates == "own" and (m.feedback == "none" or m.unit == "tanh"):
         found.append("--unit-gates own has no effect without feedback, or with --unit tanh")

@@ -43,7 +43,7 @@ _SECONDS_FOR_ANOTHER_TO_END = 10.0  # a killed launcher's ranks save a last chec
 _FREE = {
     "": {"output_dir", "start_from", "deepspeed", "dry_run", "prepare", "preset"},
     "data": {"data_dir", "corpus_file"},
-    "batch": {"accumulation"},
+    "batch": {"accumulation", "recompute"},
     "run": None,  # all of it
 }
 

@@ -166,6 +166,22 @@ def test_function_equals_plain_loop_as_it_trains(unit, feedback, gates, symbols,
         assert difference.norm() <= 0.03 * torch.cat([t.flatten() for t in exact]).norm()
 
 
+@pytest.mark.parametrize("recompute", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("symbols", [False, True])
+@pytest.mark.parametrize("unit", UNITS)
+def test_recomputed_steps_have_the_same_gradients(unit, symbols, recompute):
+    rnn = make(unit, "gated", "all", "residual_skips", (5, 4, 3), layer_norm=True, dropout=0.3, input_dropout=0.2)
+    x = torch.randint(5, (7, 2)) if symbols else torch.randn(7, 2, 5, dtype=torch.float64)
+    state = start(rnn, 2)
+    noise = Noise(seed=3, update=4, rows_B=torch.tensor([7, 9]))
+    expected, wanted = run_with_gradients(rnn, x, state, noise=noise)
+    rnn.plan = dataclasses.replace(rnn.plan, recompute=recompute)
+    outputs, gradients = run_with_gradients(rnn, x, state, noise=noise)
+    assert all(map(torch.equal, outputs, expected))
+    for got, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_pieces_with_carried_state_equal_the_whole(unit):
     rnn = make(unit, "gated", "all", "all_skips")

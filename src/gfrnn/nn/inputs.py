@@ -44,13 +44,15 @@ class InputPart(NamedTuple):
         x_NTB = self.columns.index_select(1, self.symbols_TB.flatten()).view(-1, *self.sizes)
         return x_NTB if self.scale_TB is None else x_NTB * self.scale_TB
 
-    def columns_gradient(self, d_NTB: Tensor) -> Tensor:
-        """From the gradient of `whole` to that of `columns`."""
+    def add_gradient(self, d_columns: Tensor, steps: range, d_NTB: Tensor) -> None:
+        """From the gradient of some steps of `whole` to that of `columns`, to which it is added."""
+        some = slice(steps.start, steps.stop)
         if self.symbols_TB is None:
-            return d_NTB
+            d_columns[:, some] = d_NTB
+            return
         if self.scale_TB is not None:
-            d_NTB = d_NTB * self.scale_TB
-        return torch.zeros_like(self.columns).index_add_(1, self.symbols_TB.flatten(), d_NTB.flatten(1))
+            d_NTB = d_NTB * self.scale_TB[some]
+        d_columns.index_add_(1, self.symbols_TB[some].flatten(), d_NTB.flatten(1))
 
 
 def read_input(

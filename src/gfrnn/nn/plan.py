@@ -32,6 +32,9 @@ class Plan:
     compute_dtype: torch.dtype | None = None
     """Of the operands of products; None: that of the parameters. Accumulation, cell and gates keep the latter."""
 
+    recompute: int = 0
+    """Backward finds the state of every so many steps and computes the rest again; 0: forward keeps it all."""
+
     @property
     def unit_rows(self) -> int:
         """G * H: rows of the candidate and the unit gates."""

@@ -90,53 +90,56 @@ class _Kept:
     """Layer norm: (normalised, 1 / standard deviation) of the candidate, the unit gates, the cell."""
 
 
-class Recurrence(torch.autograd.Function):
-    """See `recurrence`; takes the LayerWeights flattened."""
+@dataclass
+class _Trace:
+    """What consecutive steps leave for backward."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: Plan,
-        columns: Tensor,
-        symbols_TB: Tensor | None,
-        scale_TB: Tensor | None,
-        h_BLH: Tensor,
-        c_BLH: Tensor | None,
-        mask_LBH: Tensor | None,
-        *flat: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        weights = _layers(flat)
-        x = InputPart(columns, symbols_TB, scale_TB)
-        T, B = x.sizes
-        L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
-        dtype, narrow = columns.dtype, plan.compute_dtype or columns.dtype
-        left = _Left(plan, weights, narrow, transposed=False)
+    steps: range
+    hs_TLHB: Tensor
+    """h before the first step and after each: T + 1."""
+    cs_TLHB: Tensor
+    """Likewise the LSTM's cell, else empty."""
+    kept: list[list[_Kept]]
+    """By step and layer."""
+
+
+class _Forward:
+    """Runs steps; for backward once more, if it recomputes them."""
+
+    def __init__(self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype):
+        self.plan, self.weights, self.mask_LHB, self.dtype = plan, weights, mask_LHB, dtype
+        self.left = _Left(plan, weights, plan.compute_dtype or dtype, transposed=False)
         # normalised rows get their bias after that; here the others'
-        bias_K1 = [w.bias.unsqueeze(1).clone() for w in weights]
-        for bias, w in zip(bias_K1, weights, strict=True):
-            bias[:GH] *= w.gain is None
+        self.bias_K1 = [w.bias.unsqueeze(1).clone() for w in weights]
+        for bias, w in zip(self.bias_K1, weights, strict=True):
+            bias[: plan.unit_rows] *= w.gain is None
 
-        hs_TLHB = columns.new_empty(T + 1, L, H, B)
-        hs_TLHB[0] = h_BLH.permute(1, 2, 0)
-        cs_TLHB = columns.new_empty(T + 1 if plan.has_cell else 0, L, H, B)
-        if c_BLH is not None:
-            cs_TLHB[0] = c_BLH.permute(1, 2, 0)
-        mask_LHB = mask_LBH.transpose(1, 2).contiguous() if mask_LBH is not None else None
+    def run(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> _Trace:
+        """From the state before the first of `steps`."""
+        plan, mask_LHB, dtype = self.plan, self.mask_LHB, self.dtype
+        L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
+        T, B = len(steps), h_LHB.shape[-1]
+        narrow = plan.compute_dtype or dtype
+        hs_TLHB = h_LHB.new_empty(T + 1, L, H, B)
+        hs_TLHB[0] = h_LHB
+        cs_TLHB = h_LHB.new_empty(T + 1 if plan.has_cell else 0, L, H, B)
+        if c_LHB is not None:
+            cs_TLHB[0] = c_LHB
         kept: list[list[_Kept]] = []
         for t in range(T):
             h_LHB = hs_TLHB[t]
             narrow_h_LHB = h_LHB.to(narrow)
             gates_LLB = None
-            if left.ungated is not None:
-                gates_LLB = product(left.ungated, narrow_h_LHB.view(L * H, B), dtype).view(L, L, B)
+            if self.left.ungated is not None:
+                gates_LLB = product(self.left.ungated, narrow_h_LHB.view(L * H, B), dtype).view(L, L, B)
             kept.append([])
             below_HB = h_LHB[0]  # of layer j - 1; layer 0 has none
-            for j, w in enumerate(weights):
+            for j, w in enumerate(self.weights):
                 if plan.input_skips or j == 0:
-                    a_KB = x.step(slice(j * K, (j + 1) * K), t) + bias_K1[j]
+                    a_KB = x.step(slice(j * K, (j + 1) * K), steps[t]) + self.bias_K1[j]
                 else:
-                    a_KB = bias_K1[j].expand(K, B).contiguous()
-                below = left.below[j]
+                    a_KB = self.bias_K1[j].expand(K, B).contiguous()
+                below = self.left.below[j]
                 if below is not None:
                     y_HB = below_HB if mask_LHB is None else below_HB * mask_LHB[j - 1]
                     a_KB = product(below, y_HB.to(narrow), dtype, a_KB)
@@ -147,7 +150,7 @@ class Recurrence(torch.autograd.Function):
                     source_SB = (h_LHB * g_LB.unsqueeze(1)).to(narrow).view(L * H, B)
                 elif plan.feedback == "none":
                     source_SB = narrow_h_LHB[j]
-                candidate, unit = left.candidate[j], left.unit[j]
+                candidate, unit = self.left.candidate[j], self.left.unit[j]
                 assert candidate is not None
                 u_UHB = s_HB = None
                 if unit is not None:
@@ -183,38 +186,31 @@ class Recurrence(torch.autograd.Function):
                         cell = torch.addcmul(w.cell_bias.unsqueeze(1), now.norms["cell"][0], w.cell_gain.unsqueeze(1))
                     torch.mul(u_UHB[2], torch.tanh(cell), out=h_next)
                 below_HB = h_next + below_HB if plan.residual and j > 0 else h_next
+        return _Trace(steps, hs_TLHB, cs_TLHB, kept)
 
-        ctx.plan, ctx.kept, ctx.mask_LHB = plan, kept, mask_LHB
-        ctx.save_for_backward(*x, hs_TLHB, cs_TLHB, *flat)
-        passed_TLHB = _passed_up(plan, hs_TLHB[1:])
-        y_TYB = passed_TLHB.flatten(1, 2) if plan.output_skips else passed_TLHB[:, -1]
-        h_next_BLH = hs_TLHB[T].permute(2, 0, 1).contiguous()
-        c_next_BLH = cs_TLHB[T].permute(2, 0, 1).contiguous() if plan.has_cell else None
-        return y_TYB.transpose(1, 2).contiguous(), h_next_BLH, c_next_BLH
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y_TBY: Tensor, d_h_last_BLH: Tensor, d_c_last_BLH: Tensor | None) -> tuple[Any, ...]:
-        plan: Plan = ctx.plan
-        kept: list[list[_Kept]] = ctx.kept
-        mask_LHB: Tensor | None = ctx.mask_LHB
-        columns, symbols_TB, scale_TB, hs_TLHB, cs_TLHB, *flat = ctx.saved_tensors
-        x = InputPart(columns, symbols_TB, scale_TB)
-        weights = _layers(flat)
-        T, B = len(kept), hs_TLHB.shape[-1]
+class _Backward:
+    """Runs steps back, from the last to the first, and adds up the gradients of the weights."""
+
+    def __init__(self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype):
+        self.plan, self.weights, self.mask_LHB, self.dtype = plan, weights, mask_LHB, dtype
+        self.left = _Left(plan, weights, plan.compute_dtype or dtype, transposed=True)
+        self.norms = [_NormGradients(w) for w in weights]
+        self.sums: list[list[Tensor | None]] = []
+
+    def run(self, trace: _Trace, d_y_TYB: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the gradients of the steps' output and of the state after them.
+
+        Returns those of the pre-activations (before normalisation) [L, K, T, B] and of the state before them.
+        """
+        plan, weights, mask_LHB, left, dtype = self.plan, self.weights, self.mask_LHB, self.left, self.dtype
+        hs_TLHB, cs_TLHB, kept, gain_grads = trace.hs_TLHB, trace.cs_TLHB, trace.kept, self.norms
         L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
-        dtype, narrow = hs_TLHB.dtype, plan.compute_dtype or hs_TLHB.dtype
-        left = _Left(plan, weights, narrow, transposed=True)
-        d_y_TYB = d_y_TBY.transpose(1, 2).contiguous()
-
-        d_LKTB = hs_TLHB.new_empty(L, K, T, B)  # gradients of pre-activations (before normalisation)
+        T, B = len(trace.steps), hs_TLHB.shape[-1]
+        narrow = plan.compute_dtype or dtype
+        d_LKTB = hs_TLHB.new_empty(L, K, T, B)
         # of the candidate's recurrent sum, where it differs from that of its pre-activation
         d_s_LHTB = hs_TLHB.new_empty(L, H, T, B) if plan.unit == "gru" else d_LKTB[:, :H]
-        gain_grads = [_NormGradients(w) for w in weights]
-        d_h_LHB = d_h_last_BLH.permute(1, 2, 0).contiguous()  # of h at t, as far as later steps ask for it
-        d_c_LHB = torch.zeros_like(d_h_LHB)
-        if d_c_last_BLH is not None:
-            d_c_LHB.copy_(d_c_last_BLH.permute(1, 2, 0))
         P = left.ungated.shape[1] // L if left.ungated is not None else 0
         d_ungated_LPB = hs_TLHB.new_empty(L, P, B, dtype=narrow)
         for t in reversed(range(T)):
@@ -270,11 +266,100 @@ class Recurrence(torch.autograd.Function):
             if left.ungated is not None:
                 d_before_LHB = _sum(left.ungated, d_ungated_LPB.view(L * P, B), d_before_LHB)
             d_h_LHB = d_before_LHB
+        found = _weight_gradients(plan, weights, trace, d_LKTB, d_s_LHTB, mask_LHB)
+        self.sums = [list(map(_added, *pair)) for pair in zip(self.sums, found, strict=True)] if self.sums else found
+        return d_LKTB, d_h_LHB, d_c_LHB
 
-        grads = _weight_gradients(plan, weights, kept, hs_TLHB, d_LKTB, d_s_LHTB, mask_LHB, gain_grads)
-        d_columns = x.columns_gradient(d_LKTB.flatten(0, 1) if plan.input_skips else d_LKTB[0])
+    def gradients(self) -> list[Tensor | None]:
+        """Of every field of every layer, by all runs."""
+        GH = self.plan.unit_rows
+        flat: list[Tensor | None] = []
+        for w, norm, sums in zip(self.weights, self.norms, self.sums, strict=True):
+            below, candidate, unit, gates, bias, hidden_bias = sums
+            assert candidate is not None
+            assert bias is not None
+            flat += LayerWeights(
+                below,
+                candidate,
+                unit,
+                gates,
+                torch.cat([norm.bias, bias[GH:]]) if w.gain is not None else bias,
+                hidden_bias,
+                norm.gain if w.gain is not None else None,
+                norm.cell_gain if w.cell_gain is not None else None,
+                norm.cell_bias if w.cell_gain is not None else None,
+            )
+        return flat
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a.add_(b)
+
+
+class Recurrence(torch.autograd.Function):
+    """See `recurrence`; takes the LayerWeights flattened."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        columns: Tensor,
+        symbols_TB: Tensor | None,
+        scale_TB: Tensor | None,
+        h_BLH: Tensor,
+        c_BLH: Tensor | None,
+        mask_LBH: Tensor | None,
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x = InputPart(columns, symbols_TB, scale_TB)
+        T, B = x.sizes
+        mask_LHB = mask_LBH.transpose(1, 2).contiguous() if mask_LBH is not None else None
+        forward = _Forward(plan, _layers(flat), mask_LHB, columns.dtype)
+        h_LHB = h_BLH.permute(1, 2, 0)
+        c_LHB = c_BLH.permute(1, 2, 0) if c_BLH is not None else None
+        y_TBY = columns.new_empty(T, B, plan.hidden_size * (plan.num_layers if plan.output_skips else 1))
+        starts: list[tuple[Tensor, Tensor | None]] = []
+        at_once = plan.recompute or T
+        for begin in range(0, T, at_once):
+            starts.append((h_LHB, c_LHB))
+            trace = forward.run(x, range(begin, min(begin + at_once, T)), h_LHB, c_LHB)
+            passed_TLHB = _passed_up(plan, trace.hs_TLHB[1:])
+            y_TYB = passed_TLHB.flatten(1, 2) if plan.output_skips else passed_TLHB[:, -1]
+            y_TBY[begin : begin + at_once] = y_TYB.transpose(1, 2)
+            h_LHB = trace.hs_TLHB[-1].clone()  # not a view, which would keep all of the trace
+            c_LHB = trace.cs_TLHB[-1].clone() if plan.has_cell else None
+        ctx.plan, ctx.mask_LHB, ctx.starts, ctx.last_trace = plan, mask_LHB, starts, trace
+        ctx.save_for_backward(*x, *flat)
+        return (
+            y_TBY,
+            h_LHB.permute(2, 0, 1).contiguous(),
+            c_LHB.permute(2, 0, 1).contiguous() if c_LHB is not None else None,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_TBY: Tensor, d_h_last_BLH: Tensor, d_c_last_BLH: Tensor | None) -> tuple[Any, ...]:
+        plan: Plan = ctx.plan
+        mask_LHB: Tensor | None = ctx.mask_LHB
+        columns, symbols_TB, scale_TB, *flat = ctx.saved_tensors
+        x, weights = InputPart(columns, symbols_TB, scale_TB), _layers(flat)
+        backward = _Backward(plan, weights, mask_LHB, columns.dtype)
+        d_columns = torch.zeros_like(columns)
+        d_h_LHB = d_h_last_BLH.permute(1, 2, 0).contiguous()
+        d_c_LHB = torch.zeros_like(d_h_LHB)
+        if d_c_last_BLH is not None:
+            d_c_LHB.copy_(d_c_last_BLH.permute(1, 2, 0))
+        trace: _Trace = ctx.last_trace
+        again = _Forward(plan, weights, mask_LHB, columns.dtype) if len(ctx.starts) > 1 else None
+        at_once = len(trace.steps) if again is None else plan.recompute
+        for begin, (h_LHB, c_LHB) in reversed(list(zip(range(0, trace.steps.stop, at_once), ctx.starts, strict=True))):
+            if again is not None and begin < trace.steps.start:
+                trace = again.run(x, range(begin, begin + at_once), h_LHB, c_LHB)
+            d_y_TYB = d_y_TBY[begin : begin + at_once].transpose(1, 2).contiguous()
+            d_LKTB, d_h_LHB, d_c_LHB = backward.run(trace, d_y_TYB, d_h_LHB, d_c_LHB)
+            x.add_gradient(d_columns, trace.steps, d_LKTB.flatten(0, 1) if plan.input_skips else d_LKTB[0])
         d_c_BLH = d_c_LHB.permute(2, 0, 1) if plan.has_cell else None
-        return None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, *grads
+        return None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, *backward.gradients()
 
 
 def _sum(left: Tensor, right_KB: Tensor, add_LHB: Tensor) -> Tensor:
@@ -305,14 +390,13 @@ def _cell_backward(
 def _weight_gradients(
     plan: Plan,
     weights: list[LayerWeights],
-    kept: list[list[_Kept]],
-    hs_TLHB: Tensor,
+    trace: _Trace,
     d_LKTB: Tensor,
     d_s_LHTB: Tensor,
     mask_LHB: Tensor | None,
-    gain_grads: list[_NormGradients],
-) -> list[Tensor | None]:
-    """Gradients of every field of every layer, as large products over all R columns."""
+) -> list[list[Tensor | None]]:
+    """Gradients of every layer's first fields, up to hidden_bias, as large products over all R columns."""
+    hs_TLHB, kept = trace.hs_TLHB, trace.kept
     L, H, GH = plan.num_layers, plan.hidden_size, plan.unit_rows
     dtype, narrow = hs_TLHB.dtype, plan.compute_dtype or hs_TLHB.dtype
     gated = plan.feedback == "gated"
@@ -325,7 +409,7 @@ def _weight_gradients(
         assert all_SR is not None
         gates_LLS = product_transposed(_narrow_columns(d_LKTB[:, GH:], narrow), all_SR, dtype).view(L, L, -1)
 
-    grads: list[Tensor | None] = []
+    grads: list[list[Tensor | None]] = []
     for j, w in enumerate(weights):
         d_KR = d_LKTB[j].flatten(1)
         narrow_KR = d_KR.to(narrow)
@@ -350,18 +434,9 @@ def _weight_gradients(
             assert own_SR is not None
             unit = product_transposed(narrow_KR[H:GH], own_SR, dtype)
 
-        norm = gain_grads[j]
-        grads += LayerWeights(
-            below,
-            candidate,
-            unit,
-            gates_LLS[j] if gates_LLS is not None else None,
-            torch.cat([norm.bias, d_KR[GH:].sum(1)]) if plan.layer_norm else d_KR.sum(1),
-            d_s_HR.sum(1) if w.hidden_bias is not None else None,
-            norm.gain if w.gain is not None else None,
-            norm.cell_gain if w.cell_gain is not None else None,
-            norm.cell_bias if w.cell_bias is not None else None,
-        )
+        gates = gates_LLS[j] if gates_LLS is not None else None
+        hidden_bias = d_s_HR.sum(1) if w.hidden_bias is not None else None
+        grads.append([below, candidate, unit, gates, d_KR.sum(1), hidden_bias])
     return grads
 
 

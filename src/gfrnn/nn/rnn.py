@@ -58,6 +58,8 @@ class GatedFeedbackRNN(nn.Module):
         layer_norm: normalise every unit pre-activation over H, and the LSTM's cell before its tanh.
         hidden_bias: GRU: a bias inside the product with the reset gate, as torch.nn.GRU has.
         compute_dtype: of the operands of products (torch.bfloat16); None: the parameters'. All else keeps fp32.
+        recompute: keep the state of every so many steps, and compute the rest again in backward: the same gradients in
+            less memory and more time. 0 keeps all.
         reference: run the plain loop instead of the fast path; same results, many times slower.
     """
 
@@ -81,6 +83,7 @@ class GatedFeedbackRNN(nn.Module):
         layer_norm: bool = False,
         hidden_bias: bool = False,
         compute_dtype: torch.dtype | None = None,
+        recompute: int = 0,
         reference: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -105,6 +108,7 @@ class GatedFeedbackRNN(nn.Module):
             residual=residual,
             layer_norm=layer_norm,
             compute_dtype=compute_dtype,
+            recompute=recompute,
         )
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.batch_first, self.bias = batch_first, bias

@@ -82,7 +82,7 @@ class Trainer:
 
         own = run.named_checkpoint("latest")
         latest = find_checkpoint(settings.start_from) if own is None and settings.start_from is not None else own
-        model = build_language_model(settings.model, batch.dtype, settings.seed)
+        model = build_language_model(settings.model, batch.dtype, settings.seed, recompute=batch.recompute)
         saved = None
         if latest is not None:
             saved = load_checkpoint(latest)
@@ -168,6 +168,7 @@ class Trainer:
                 inputs_TB, targets_TB, self.streams.weights(micro), self.states[micro], noise, divisor
             )
             self.engine.backward(loss)
+            del loss  # it holds the activations, and the next micro-batch makes its own
             norm = sharding.step(self.engine)
             bits += micro_bits
         assert norm is not None  # the last micro-batch is the boundary
