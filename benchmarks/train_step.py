@@ -141,9 +141,9 @@ def in_own_process(name: str) -> dict[str, int]:
 
 
 def measure(made: dict[str, Peer], repeats: int, device: torch.device) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every repeat, by peer and part. The peers alternate; two rounds before the first are not counted."""
+    """Seconds of every repeat, by peer and part. The peers alternate; the first round is not counted."""
     seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in made}
-    for repeat in range(-2, repeats):
+    for repeat in range(-1, repeats):
         for name, peer in made.items():
             step = timed_step(peer, device)
             if repeat >= 0:

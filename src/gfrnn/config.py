@@ -165,6 +165,8 @@ class RunSettings:
     """Minutes between checkpoints; 0: none."""
     keep_last: int = 2
     """Checkpoints kept, besides the best."""
+    profile: int = 0
+    """Trace so many updates of this start into profile/ of the run folder, for ui.perfetto.dev; 0: none."""
     log_every: int = 10
     """Updates between lines of metrics.jsonl."""
     sample_length: int = 400
@@ -247,6 +249,7 @@ def validate(settings: Settings) -> None:
         "--embedding-size": m.embedding_size,
         "--reset-every": b.reset_every,
         "--recompute": b.recompute,
+        "--profile": r.profile,
         "--weight-decay": o.weight_decay,
         "--clip": o.clip,
         "--halve-on-explosion": o.halve_on_explosion,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -367,6 +368,22 @@ def test_a_finished_run_goes_on_with_more_updates(tmp_path):
     assert losses(tmp_path / "longer") == losses(tmp_path / "whole")
     assert validations(tmp_path / "longer") == validations(tmp_path / "whole")
     assert summary(tmp_path / "longer")["test_bpc"] == summary(tmp_path / "whole")["test_bpc"]
+
+
+def test_profile(tmp_path):
+    """A trace that Perfetto opens, of as many updates as were asked for, by each process."""
+    flags = [*SMALL, "--max-updates", "9", "--profile", "2", "--accumulation", "2", "--recompute", "5"]
+    status, _, err = train(tmp_path / "run", flags, processes=2, stage="z2", launcher=True)
+    assert status == 0, err
+    assert "2 updates traced into" in err
+    files = sorted((tmp_path / "run" / "profile").iterdir())
+    assert [file.name for file in files] == [f"from-00000000-rank-{rank}.json.gz" for rank in (0, 1)]
+    for file in files:
+        with gzip.open(file) as trace:
+            events = json.load(trace)["traceEvents"]
+        names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+        assert [names.count(name) for name in ("fetch", "forward", "backward", "optimizer", "agree")] == [4, 4, 4, 4, 2]
+        assert any("linear_pointwise" in event["name"] or event["name"] == "aten::mm" for event in events)
 
 
 def test_prepare_builds_the_corpus_and_ends(tmp_path):

@@ -5,6 +5,7 @@ What survives a restart is what checkpoint.py gathers; everything random is a fu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from gfrnn.cli import Stopped
 from gfrnn.config import RunFailed, Settings, sizes
@@ -34,6 +36,7 @@ from gfrnn.training.engine import build_optimizer, initialize
 from gfrnn.training.evaluation import score
 from gfrnn.training.flops import gemm_peak
 from gfrnn.training.objective import SegmentLoss
+from gfrnn.training.profiling import UpdateProfiler
 from gfrnn.training.progress import TrainingProgress
 from gfrnn.training.sample import generate
 from gfrnn.training.schedule import ExplosionGuard, learning_rate
@@ -124,9 +127,12 @@ class Trainer:
         self.progress = TrainingProgress(self.total, self.position.step, enabled=self.rank == 0)
         self.clock = time.monotonic()
         self._announce()
-        with self.progress:
+        trace = self.run.path / "profile" / f"from-{self.position.step:08d}-rank-{self.rank}.json.gz"
+        profiler = UpdateProfiler(run.profile, trace, self.progress.say)
+        with self.progress, contextlib.closing(profiler):
             while self.position.step < self.total:
                 done = self._update()
+                profiler.step()
                 step = self.position.step
                 if step % run.log_every == 0 or step == self.total:
                     self._log(done)
@@ -161,18 +167,23 @@ class Trainer:
         self.engine.train()
         for micro in range(batch.accumulation):
             reading = time.perf_counter()
-            inputs_TB, targets_TB = self.streams.batch(segment, micro)
+            with record_function("fetch"):
+                inputs_TB, targets_TB = self.streams.batch(segment, micro)
             self.position.window.overhead_seconds += time.perf_counter() - reading
             noise = Noise(self.settings.seed, step, self.streams.micro_rows(micro))
-            loss, micro_bits, self.states[micro] = self.engine(
-                inputs_TB, targets_TB, self.streams.weights(micro), self.states[micro], noise, divisor
-            )
-            self.engine.backward(loss)
+            with record_function("forward"):
+                loss, micro_bits, self.states[micro] = self.engine(
+                    inputs_TB, targets_TB, self.streams.weights(micro), self.states[micro], noise, divisor
+                )
+            with record_function("backward"):
+                self.engine.backward(loss)
             del loss  # it holds the activations, and the next micro-batch makes its own
-            norm = sharding.step(self.engine)
+            with record_function("optimizer"):
+                norm = sharding.step(self.engine)
             bits += micro_bits
         assert norm is not None  # the last micro-batch is the boundary
-        done = self._agree(bits, norm, rate)
+        with record_function("agree"):
+            done = self._agree(bits, norm, rate)
         self._check_finite(done)
         if self.guard.see(done.grad_norm):
             self.progress.say(f"update {step + 1}: gradient norm {done.grad_norm:.3g} exploded; learning rate halved")
