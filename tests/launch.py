@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,12 @@ def environment(**extra: str) -> dict[str, str]:
     """What a test's programs see: no hub, one thread each, no launcher's leftovers."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MLFLOW_TRACKING_URI")}
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
+
+
+def as_from_a_terminal() -> None:
+    """For preexec_fn: signals that whoever runs the tests ignores (nohup, a shell's background) act again."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def script(name: str, *flags: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -66,6 +73,7 @@ def start_training(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=as_from_a_terminal,
         cwd=output_dir.parent,
     )
 

@@ -39,7 +39,7 @@ _HAS_AVERAGES = "has_averages"  # in trainer.json: whether there must be average
 _RESULTS = ("test_bpc", "valid_bpc", "best_step", "sample")  # in summary.json of a run that finished
 _SECONDS_FOR_ANOTHER_TO_END = 10.0  # a killed launcher's ranks save a last checkpoint
 
-# What may differ when a run is started again in its folder: none of it changes what is being learned.
+# What may differ when a run is started again in its folder: how the work is spread, and how long it goes on.
 _FREE = {
     "": {"output_dir", "start_from", "deepspeed", "dry_run", "prepare", "preset"},
     "data": {"data_dir", "corpus_file"},

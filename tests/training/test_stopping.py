@@ -10,7 +10,7 @@ import time
 import pytest
 
 from gfrnn.training.stopping import StopFlag
-from launch import environment
+from launch import as_from_a_terminal, environment
 
 PROGRAM = """
 import time
@@ -30,11 +30,21 @@ time.sleep(30)
 
 def start(linger: float = 0.0, *before: str) -> subprocess.Popen[str]:
     command = [*before, sys.executable, "-c", PROGRAM.format(linger=linger)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
-    )
+    process = run(command)
     assert line(process) == "listening"
     return process
+
+
+def run(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=as_from_a_terminal,
+    )
 
 
 def line(process: subprocess.Popen[str]) -> str:
@@ -108,8 +118,7 @@ IN_C = "import ctypes; libc = ctypes.CDLL(None); [libc.sleep(30) for _ in range(
 def test_where_no_flag_listens_a_signal_ends_the_process_at_once(
     number: signal.Signals, wait: str, listened: bool
 ) -> None:
-    command = [sys.executable, "-c", OUTSIDE.format(wait=wait, listened=listened)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = run([sys.executable, "-c", OUTSIDE.format(wait=wait, listened=listened)])
     assert line(process) == "ready"
     process.send_signal(number)
     _, err = process.communicate(timeout=10)

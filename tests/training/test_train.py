@@ -18,6 +18,7 @@ import pytest
 from launch import (
     ROOT,
     SMALL,
+    as_from_a_terminal,
     environment,
     losses,
     metrics,
@@ -166,6 +167,7 @@ def test_a_terminal_that_closes_checkpoints(tmp_path):
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
+        preexec_fn=as_from_a_terminal,
     )
     os.close(terminal)
     shown = b""

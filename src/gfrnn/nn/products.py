@@ -1,9 +1,9 @@
 """Matrix products with the weights on the left, [M, K] x [K, N] with few columns N: what a recurrence is made of.
 
 With the weights as the right operand a BLAS packs them anew at every step, which at 64 rows of a batch takes as long as
-the arithmetic. As the left operand oneDNN reads them where they lie, and packs the small right one: on two AVX-512
-cores 205-220 GFLOP/s where `mm` reaches 160-185 (docs/speed.md). torch.mm goes to oneDNN for bf16 alone, so for fp32 on
-a CPU this module calls a private operator of torch, with `mm` where it is not there.
+the arithmetic. As the left operand oneDNN reads them where they lie, and packs the small right one (figures in
+docs/performance.md). torch.mm goes to oneDNN for bf16 alone, so for fp32 on a CPU this module calls a private operator
+of torch, with `mm` where it is not there.
 """
 
 from __future__ import annotations
