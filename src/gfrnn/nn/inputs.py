@@ -30,19 +30,18 @@ class InputPart(NamedTuple):
         """(T, B)."""
         return self.columns.shape[1:] if self.symbols_TB is None else self.symbols_TB.shape
 
-    def step(self, rows: slice, t: int) -> Tensor:
-        """[K, B] of one step."""
+    def some(self, steps: range) -> Tensor:
+        """[N, T', B] of T' steps, differentiable."""
+        some = slice(steps.start, steps.stop)
         if self.symbols_TB is None:
-            return self.columns[rows, t]
-        x_KB: Tensor = self.columns[rows].index_select(1, self.symbols_TB[t])
-        return x_KB if self.scale_TB is None else x_KB.mul_(self.scale_TB[t])
+            return self.columns[:, some]
+        symbols_TB = self.symbols_TB[some]
+        x_NTB = self.columns.index_select(1, symbols_TB.flatten()).view(-1, *symbols_TB.shape)
+        return x_NTB if self.scale_TB is None else x_NTB * self.scale_TB[some]
 
     def whole(self) -> Tensor:
         """[N, T, B], differentiable."""
-        if self.symbols_TB is None:
-            return self.columns
-        x_NTB = self.columns.index_select(1, self.symbols_TB.flatten()).view(-1, *self.sizes)
-        return x_NTB if self.scale_TB is None else x_NTB * self.scale_TB
+        return self.some(range(self.sizes[0]))
 
     def add_gradient(self, d_columns: Tensor, steps: range, d_NTB: Tensor) -> None:
         """From the gradient of some steps of `whole` to that of `columns`, to which it is added."""

@@ -27,6 +27,7 @@ from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.products import packed, product, product_transposed
 
 _FIELDS = len(LayerWeights._fields)
+_LOOKED_UP = 4  # steps whose symbols are looked up at once: what a cache holds
 
 
 def recurrence(
@@ -127,6 +128,8 @@ class _Forward:
             cs_TLHB[0] = c_LHB
         kept: list[list[_Kept]] = []
         for t in range(T):
+            if t % _LOOKED_UP == 0:
+                x_NTB = x.some(steps[t : t + _LOOKED_UP])
             h_LHB = hs_TLHB[t]
             narrow_h_LHB = h_LHB.to(narrow)
             gates_LLB = None
@@ -136,7 +139,7 @@ class _Forward:
             below_HB = h_LHB[0]  # of layer j - 1; layer 0 has none
             for j, w in enumerate(self.weights):
                 if plan.input_skips or j == 0:
-                    a_KB = x.step(slice(j * K, (j + 1) * K), steps[t]) + self.bias_K1[j]
+                    a_KB = x_NTB[j * K : (j + 1) * K, t % _LOOKED_UP] + self.bias_K1[j]
                 else:
                     a_KB = self.bias_K1[j].expand(K, B).contiguous()
                 below = self.left.below[j]
@@ -420,7 +423,7 @@ def _weight_gradients(
             y_HTB = passed_TLHB[:, j - 1].transpose(0, 1)
             if mask_LHB is not None:
                 y_HTB = y_HTB * mask_LHB[j - 1].unsqueeze(1)
-            below = product_transposed(narrow_KR, _narrow_columns(y_HTB, narrow, rows=H), dtype)
+            below = product_transposed(narrow_KR, packed(_narrow_columns(y_HTB, narrow, rows=H)), dtype)
 
         if gated:
             g_LTB = torch.stack([step[j].g_LB for step in kept], dim=1)  # type: ignore[misc]  # every step has them
