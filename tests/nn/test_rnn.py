@@ -178,6 +178,9 @@ def test_recomputed_steps_have_the_same_gradients(unit, symbols, recompute):
     rnn.plan = dataclasses.replace(rnn.plan, recompute=recompute)
     outputs, gradients = run_with_gradients(rnn, x, state, noise=noise)
     assert all(map(torch.equal, outputs, expected))
+    with torch.no_grad():
+        y, last = rnn(x, state, noise=noise)
+    assert all(map(torch.equal, [y, *flat(last)], expected))
     for got, want in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 

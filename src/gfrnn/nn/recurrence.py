@@ -13,6 +13,7 @@ between them has the parameters' dtype.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.products import packed, product, product_transposed
 
 _FIELDS = len(LayerWeights._fields)
+_WITHOUT_BACKWARD = 8  # steps between which all is freed
+_EVEN = 32  # a number of rows that products like; bf16 ones take an eighth longer for an odd one
 _LOOKED_UP = 4  # steps whose symbols are looked up at once: what a cache holds
 
 
@@ -39,6 +42,8 @@ def recurrence(
     weights: list[LayerWeights],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Same arguments, result and gradients as reference.recurrence_reference."""
+    if not torch.is_grad_enabled():  # there is no backward: keep nothing for long
+        plan = dataclasses.replace(plan, recompute=_WITHOUT_BACKWARD)
     flat = [tensor for layer in weights for tensor in layer]
     run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
     return run(plan, *x, h_BLH, c_BLH, below_mask_LBH, *flat)
@@ -55,9 +60,15 @@ class _Left:
                 return None
             return _transposed(found) if transposed else (torch.cat(found) if len(found) > 1 else found[0].contiguous())
 
-        # what reads all layers at t - 1 without global gates, every layer's at once: [L * P, L * H]
-        all_units = plan.unit_sources > 1 and transposed
-        self.ungated = left(*(part for w in weights for part in (w.unit if all_units else None, w.gates)))
+        # what reads all layers at t - 1 without global gates, every layer's at once: [P * L, L * H]
+        all_units = plan.unit_sources > 1
+        parts = [p for w in weights for p in (w.unit if all_units else None, w.gates) if p is not None]
+        rows = sum(map(len, parts))
+        self.ungated_rows = rows // plan.num_layers
+        """P."""
+        if rows and not transposed:
+            parts.append(parts[0].new_zeros(-rows % _EVEN, parts[0].shape[1]))
+        self.ungated = left(*parts)
         self.unit = [left(w.unit) if not all_units else None for w in weights]
         self.candidate = [left(w.candidate) for w in weights]
         self.below = [left(w.below) for w in weights]
@@ -127,14 +138,16 @@ class _Forward:
         if c_LHB is not None:
             cs_TLHB[0] = c_LHB
         kept: list[list[_Kept]] = []
+        P = self.left.ungated_rows
         for t in range(T):
             if t % _LOOKED_UP == 0:
                 x_NTB = x.some(steps[t : t + _LOOKED_UP])
             h_LHB = hs_TLHB[t]
             narrow_h_LHB = h_LHB.to(narrow)
-            gates_LLB = None
+            ungated_LPB = None
             if self.left.ungated is not None:
-                gates_LLB = product(self.left.ungated, narrow_h_LHB.view(L * H, B), dtype).view(L, L, B)
+                ungated_RB = product(self.left.ungated, narrow_h_LHB.view(L * H, B), dtype)
+                ungated_LPB = ungated_RB[: L * P].view(L, P, B)
             kept.append([])
             below_HB = h_LHB[0]  # of layer j - 1; layer 0 has none
             for j, w in enumerate(self.weights):
@@ -148,8 +161,10 @@ class _Forward:
                     a_KB = product(below, y_HB.to(narrow), dtype, a_KB)
 
                 g_LB, source_SB = None, narrow_h_LHB.view(L * H, B)
-                if gates_LLB is not None:
-                    g_LB = gates_LLB[j].add_(a_KB[GH:]).sigmoid_()
+                if ungated_LPB is not None:
+                    ungated_LPB[j] += a_KB[K - P :]
+                if ungated_LPB is not None and plan.feedback == "gated":
+                    g_LB = ungated_LPB[j, P - L :].sigmoid_()
                     source_SB = (h_LHB * g_LB.unsqueeze(1)).to(narrow).view(L * H, B)
                 elif plan.feedback == "none":
                     source_SB = narrow_h_LHB[j]
@@ -157,8 +172,9 @@ class _Forward:
                 assert candidate is not None
                 u_UHB = s_HB = None
                 if unit is not None:
-                    read_SB = narrow_h_LHB.view(L * H, B) if plan.unit_sources > 1 else narrow_h_LHB[j]
-                    u_UHB = product(unit, read_SB, dtype, a_KB[H:GH]).view(-1, H, B)
+                    u_UHB = product(unit, narrow_h_LHB[j], dtype, a_KB[H:GH]).view(-1, H, B)
+                elif ungated_LPB is not None and GH > H:
+                    u_UHB = ungated_LPB[j, : GH - H].view(-1, H, B)
                 if plan.unit == "gru":
                     s_HB = product(candidate, source_SB, dtype)
                     if w.hidden_bias is not None:
@@ -214,7 +230,7 @@ class _Backward:
         d_LKTB = hs_TLHB.new_empty(L, K, T, B)
         # of the candidate's recurrent sum, where it differs from that of its pre-activation
         d_s_LHTB = hs_TLHB.new_empty(L, H, T, B) if plan.unit == "gru" else d_LKTB[:, :H]
-        P = left.ungated.shape[1] // L if left.ungated is not None else 0
+        P = left.ungated_rows
         d_ungated_LPB = hs_TLHB.new_empty(L, P, B, dtype=narrow)
         for t in reversed(range(T)):
             h_LHB = hs_TLHB[t]
