@@ -29,7 +29,6 @@ from gfrnn.nn.products import packed, product, product_transposed
 
 _FIELDS = len(LayerWeights._fields)
 _WITHOUT_BACKWARD = 8  # steps between which all is freed
-_EVEN = 32  # a number of rows that products like; bf16 ones take an eighth longer for an odd one
 _LOOKED_UP = 4  # steps whose symbols are looked up at once: what a cache holds
 
 
@@ -60,15 +59,10 @@ class _Left:
                 return None
             return _transposed(found) if transposed else (torch.cat(found) if len(found) > 1 else found[0].contiguous())
 
-        # what reads all layers at t - 1 without global gates, every layer's at once: [P * L, L * H]
-        all_units = plan.unit_sources > 1
-        parts = [p for w in weights for p in (w.unit if all_units else None, w.gates) if p is not None]
-        rows = sum(map(len, parts))
-        self.ungated_rows = rows // plan.num_layers
-        """P."""
-        if rows and not transposed:
-            parts.append(parts[0].new_zeros(-rows % _EVEN, parts[0].shape[1]))
-        self.ungated = left(*parts)
+        # what reads all layers at t - 1 without global gates, every layer's at once: [L * P, L * H]. In forward the
+        # unit gates stay apart: to put them together is a copy of the weights, too dear for a call of one step
+        all_units = plan.unit_sources > 1 and transposed
+        self.ungated = left(*(part for w in weights for part in (w.unit if all_units else None, w.gates)))
         self.unit = [left(w.unit) if not all_units else None for w in weights]
         self.candidate = [left(w.candidate) for w in weights]
         self.below = [left(w.below) for w in weights]
@@ -138,16 +132,14 @@ class _Forward:
         if c_LHB is not None:
             cs_TLHB[0] = c_LHB
         kept: list[list[_Kept]] = []
-        P = self.left.ungated_rows
         for t in range(T):
             if t % _LOOKED_UP == 0:
                 x_NTB = x.some(steps[t : t + _LOOKED_UP])
             h_LHB = hs_TLHB[t]
             narrow_h_LHB = h_LHB.to(narrow)
-            ungated_LPB = None
+            gates_LLB = None
             if self.left.ungated is not None:
-                ungated_RB = product(self.left.ungated, narrow_h_LHB.view(L * H, B), dtype)
-                ungated_LPB = ungated_RB[: L * P].view(L, P, B)
+                gates_LLB = product(self.left.ungated, narrow_h_LHB.view(L * H, B), dtype).view(L, L, B)
             kept.append([])
             below_HB = h_LHB[0]  # of layer j - 1; layer 0 has none
             for j, w in enumerate(self.weights):
@@ -161,10 +153,8 @@ class _Forward:
                     a_KB = product(below, y_HB.to(narrow), dtype, a_KB)
 
                 g_LB, source_SB = None, narrow_h_LHB.view(L * H, B)
-                if ungated_LPB is not None:
-                    ungated_LPB[j] += a_KB[K - P :]
-                if ungated_LPB is not None and plan.feedback == "gated":
-                    g_LB = ungated_LPB[j, P - L :].sigmoid_()
+                if gates_LLB is not None:
+                    g_LB = gates_LLB[j].add_(a_KB[GH:]).sigmoid_()
                     source_SB = (h_LHB * g_LB.unsqueeze(1)).to(narrow).view(L * H, B)
                 elif plan.feedback == "none":
                     source_SB = narrow_h_LHB[j]
@@ -172,9 +162,8 @@ class _Forward:
                 assert candidate is not None
                 u_UHB = s_HB = None
                 if unit is not None:
-                    u_UHB = product(unit, narrow_h_LHB[j], dtype, a_KB[H:GH]).view(-1, H, B)
-                elif ungated_LPB is not None and GH > H:
-                    u_UHB = ungated_LPB[j, : GH - H].view(-1, H, B)
+                    read_SB = narrow_h_LHB.view(L * H, B) if plan.unit_sources > 1 else narrow_h_LHB[j]
+                    u_UHB = product(unit, read_SB, dtype, a_KB[H:GH]).view(-1, H, B)
                 if plan.unit == "gru":
                     s_HB = product(candidate, source_SB, dtype)
                     if w.hidden_bias is not None:
@@ -230,7 +219,7 @@ class _Backward:
         d_LKTB = hs_TLHB.new_empty(L, K, T, B)
         # of the candidate's recurrent sum, where it differs from that of its pre-activation
         d_s_LHTB = hs_TLHB.new_empty(L, H, T, B) if plan.unit == "gru" else d_LKTB[:, :H]
-        P = left.ungated_rows
+        P = left.ungated.shape[1] // L if left.ungated is not None else 0
         d_ungated_LPB = hs_TLHB.new_empty(L, P, B, dtype=narrow)
         for t in reversed(range(T)):
             h_LHB = hs_TLHB[t]
