@@ -5,6 +5,7 @@ RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment.
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -90,6 +91,8 @@ def main() -> None:
         Trainer(settings, ds_config, run, text, device).fit()
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # as our programs end (cli.run): gloo's threads now and then abort an interpreter's tear-down
 
 
 if __name__ == "__main__":

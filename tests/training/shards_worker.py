@@ -234,6 +234,8 @@ if __name__ == "__main__":
     plan = json.loads((folder / "plan.json").read_text())
     if "RANK" in os.environ:
         run_all(plan[0][1], folder)
+        sys.stdout.flush()
+        os._exit(0)  # as our programs end (cli.run): gloo's threads now and then abort an interpreter's tear-down
     else:
         for world_size, jobs in plan:
             fork_group(world_size, jobs, folder)
