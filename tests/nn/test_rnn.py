@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 
 from gfrnn.config import ModelSettings, presets, sizes
-from gfrnn.nn import GatedFeedbackRNN, LanguageModel, MultiplicativeRNN, Noise
+from gfrnn.nn import GatedFeedbackRNN, LanguageModel, MultiplicativeRNN, Noise, gradients
 
 UNITS = ["tanh", "gru", "lstm"]
 FEEDBACK = ["gated", "full", "none"]
@@ -183,6 +184,50 @@ def test_recomputed_steps_have_the_same_gradients(unit, symbols, recompute):
     assert all(map(torch.equal, [y, *flat(last)], expected))
     for got, want in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("feedback", FEEDBACK)
+def test_gradients_of_some_and_twice(feedback, recompute):
+    """A retained graph, frozen layers, gradients of a few parameters: as autograd's own of the plain loop."""
+    rnn = make("gru", feedback, "all", "input_skips", layer_norm=True, recompute=recompute)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    named = dict(rnn.named_parameters())
+    for name, p in named.items():
+        p.requires_grad_(not name.endswith("l1"))
+    asked = [p for p in named.values() if p.requires_grad]
+    for some in (asked, asked[:1], [named["weight_hu_l2"], named["bias_l0"]]):
+        loss = rnn(x)[0].square().sum()
+        first = torch.autograd.grad(loss, some, retain_graph=True)
+        again = torch.autograd.grad(loss, some)
+        rnn.reference = True
+        wanted = torch.autograd.grad(rnn(x)[0].square().sum(), some)
+        rnn.reference = False
+        for one, two, want in zip(first, again, wanted, strict=True):
+            torch.testing.assert_close(one, want, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(two, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_gradients_come_a_layer_at_a_time(recompute):
+    """What lets an engine reduce the last layer's while the others' are computed."""
+    rnn = make("lstm", "gated", "all", "all_skips", recompute=recompute)
+    made: list[int] = []  # layers whose products were made, as they are
+    arrived: list[tuple[int, int]] = []  # (layer of a parameter whose gradient arrived, layers made by then)
+    make_layer = gradients._Products.layer
+
+    def watched(self, j, *args):
+        made.append(j)
+        return make_layer(self, j, *args)
+
+    with mock.patch.object(gradients._Products, "layer", watched):
+        for name, p in rnn.named_parameters():
+            if name.startswith(("weight_hc", "weight_hu", "weight_hg", "bias")):
+                p.register_post_accumulate_grad_hook(lambda _, layer=int(name[-1]): arrived.append((layer, len(made))))
+        rnn(torch.randn(3, 2, 3, dtype=torch.float64))[0].sum().backward()
+    assert made[-3:] == [2, 1, 0]
+    before = len(made) - 3
+    assert arrived == [(layer, before + 3 - layer) for layer in (2, 1, 0) for _ in range(4)]
 
 
 @pytest.mark.parametrize("unit", UNITS)

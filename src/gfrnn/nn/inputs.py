@@ -43,8 +43,12 @@ class InputPart(NamedTuple):
         """[N, T, B], differentiable."""
         return self.some(range(self.sizes[0]))
 
+    def no_gradient(self) -> Tensor:
+        """Of `columns`, for `add_gradient`."""
+        return torch.empty_like(self.columns) if self.symbols_TB is None else torch.zeros_like(self.columns)
+
     def add_gradient(self, d_columns: Tensor, steps: range, d_NTB: Tensor) -> None:
-        """From the gradient of some steps of `whole` to that of `columns`, to which it is added."""
+        """From the gradient of some steps of `whole`, each once, to that of `columns`, to which it is added."""
         some = slice(steps.start, steps.stop)
         if self.symbols_TB is None:
             d_columns[:, some] = d_NTB

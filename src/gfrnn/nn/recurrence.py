@@ -3,8 +3,7 @@
 Features come first and rows of the batch last everywhere, so that weights are the left operand of every product, where
 they need no packing (products.py), and every product writes what the next reads. A layer's step is: the layer below,
 the unit gates' and the candidate's recurrent products, each adding to the one before, and the unit. Backward has the
-same products with the transposed weights, made once; weight gradients are products over all T * B columns after the
-loop, a layer at a time.
+same products with the transposed weights, made once; weight gradients (gradients.py) come after the loop.
 
 Legend: T steps, B rows, R = T * B, L layers, H units, G, K as in plan.py, N = K * (L with input skips, else 1),
 U = G - 1 unit gates, S = H * sources of a product. Products have operands of plan.compute_dtype; everything kept
@@ -23,13 +22,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gfrnn.nn import units
+from gfrnn.nn.gradients import LayerToken, NormGradients, Slopes, WeightGradients, passed_up
 from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.plan import LayerWeights, Plan
-from gfrnn.nn.products import packed, product, product_transposed
+from gfrnn.nn.products import product
 
 _FIELDS = len(LayerWeights._fields)
 _WITHOUT_BACKWARD = 8  # steps between which all is freed
 _LOOKED_UP = 4  # steps whose symbols are looked up at once: what a cache holds
+_TRANSPOSED = 8  # steps whose output's gradient is transposed at once
 
 
 def recurrence(
@@ -43,9 +44,11 @@ def recurrence(
     """Same arguments, result and gradients as reference.recurrence_reference."""
     if not torch.is_grad_enabled():  # there is no backward: keep nothing for long
         plan = dataclasses.replace(plan, recompute=_WITHOUT_BACKWARD)
-    flat = [tensor for layer in weights for tensor in layer]
+    gradients = WeightGradients(plan, weights)
+    token: Callable[..., Tensor] = LayerToken.apply
+    tokens = [token(gradients, j, *layer) for j, layer in enumerate(weights)]
     run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
-    return run(plan, *x, h_BLH, c_BLH, below_mask_LBH, *flat)
+    return run(plan, gradients, *x, h_BLH, c_BLH, below_mask_LBH, *tokens)
 
 
 class _Left:
@@ -198,19 +201,15 @@ class _Forward:
 
 
 class _Backward:
-    """Runs steps back, from the last to the first, and adds up the gradients of the weights."""
+    """Runs steps back, from the last to the first."""
 
     def __init__(self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype):
         self.plan, self.weights, self.mask_LHB, self.dtype = plan, weights, mask_LHB, dtype
         self.left = _Left(plan, weights, plan.compute_dtype or dtype, transposed=True)
-        self.norms = [_NormGradients(w) for w in weights]
-        self.sums: list[list[Tensor | None]] = []
+        self.norms = [NormGradients(w) for w in weights]
 
-    def run(self, trace: _Trace, d_y_TYB: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the gradients of the steps' output and of the state after them.
-
-        Returns those of the pre-activations (before normalisation) [L, K, T, B] and of the state before them.
-        """
+    def run(self, trace: _Trace, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor) -> tuple[Slopes, Tensor, Tensor]:
+        """From the gradients of the steps' output and of the state after them to those of the state before them."""
         plan, weights, mask_LHB, left, dtype = self.plan, self.weights, self.mask_LHB, self.left, self.dtype
         hs_TLHB, cs_TLHB, kept, gain_grads = trace.hs_TLHB, trace.cs_TLHB, trace.kept, self.norms
         L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
@@ -221,12 +220,19 @@ class _Backward:
         d_s_LHTB = hs_TLHB.new_empty(L, H, T, B) if plan.unit == "gru" else d_LKTB[:, :H]
         P = left.ungated.shape[1] // L if left.ungated is not None else 0
         d_ungated_LPB = hs_TLHB.new_empty(L, P, B, dtype=narrow)
+        g_LLTB = hs_TLHB.new_empty(L, L, T, B) if plan.global_gates else None
+        first = T  # step of those whose output's gradient is transposed
         for t in reversed(range(T)):
+            if t < first:
+                first = max(0, t + 1 - _TRANSPOSED)
+                d_y_TYB = d_y_TBY[first : t + 1].transpose(1, 2).contiguous()
+            d_y_YB = d_y_TYB[t - first]
             h_LHB = hs_TLHB[t]
             d_before_LHB = torch.zeros_like(d_h_LHB)
-            d_below_HB = d_y_TYB[t, -H:]  # of what layer j passes up
+            d_below_HB = d_y_YB[-H:]  # of what layer j passes up
+            kept_L = kept.pop()
             for j in reversed(range(L)):
-                w, now = weights[j], kept[t][j]
+                w, now = weights[j], kept_L[j]
                 n_HB, u_UHB, s_HB = now.n_HB, now.u_UHB, now.s_HB
                 d_h = d_h_LHB[j] + d_below_HB
                 d_KB = d_h.new_empty(K, B)
@@ -249,10 +255,13 @@ class _Backward:
                 candidate, unit, below = left.candidate[j], left.unit[j], left.below[j]
                 assert candidate is not None
                 narrow_d_s_HB = d_s_HB.to(narrow)
-                if now.g_LB is not None:  # gradient of the gated states [g^i h^i], which gives that of g and of h
+                if (
+                    now.g_LB is not None and g_LLTB is not None
+                ):  # gradient of the gated states [g^i h^i], which gives that of g and of h
                     d_gated_LHB = product(candidate, narrow_d_s_HB, dtype).view(L, H, B)
                     d_before_LHB.addcmul_(d_gated_LHB, now.g_LB.unsqueeze(1))
                     units.sigmoid_backward(d_gated_LHB.mul_(h_LHB).sum(1), now.g_LB, grad_input=d_KB[GH:])
+                    g_LLTB[j, :, t] = now.g_LB
                 elif plan.feedback == "none":
                     d_before_LHB[j] += product(candidate, narrow_d_s_HB, dtype)
                 else:
@@ -269,75 +278,49 @@ class _Backward:
                     if plan.residual:
                         passed += d_below_HB
                     if plan.output_skips:
-                        passed += d_y_TYB[t, (j - 1) * H : j * H]
+                        passed += d_y_YB[(j - 1) * H : j * H]
                     d_below_HB = passed
             if left.ungated is not None:
                 d_before_LHB = _sum(left.ungated, d_ungated_LPB.view(L * P, B), d_before_LHB)
             d_h_LHB = d_before_LHB
-        found = _weight_gradients(plan, weights, trace, d_LKTB, d_s_LHTB, mask_LHB)
-        self.sums = [list(map(_added, *pair)) for pair in zip(self.sums, found, strict=True)] if self.sums else found
-        return d_LKTB, d_h_LHB, d_c_LHB
-
-    def gradients(self) -> list[Tensor | None]:
-        """Of every field of every layer, by all runs."""
-        GH = self.plan.unit_rows
-        flat: list[Tensor | None] = []
-        for w, norm, sums in zip(self.weights, self.norms, self.sums, strict=True):
-            below, candidate, unit, gates, bias, hidden_bias = sums
-            assert candidate is not None
-            assert bias is not None
-            flat += LayerWeights(
-                below,
-                candidate,
-                unit,
-                gates,
-                torch.cat([norm.bias, bias[GH:]]) if w.gain is not None else bias,
-                hidden_bias,
-                norm.gain if w.gain is not None else None,
-                norm.cell_gain if w.cell_gain is not None else None,
-                norm.cell_bias if w.cell_gain is not None else None,
-            )
-        return flat
-
-
-def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else a.add_(b)
+        return Slopes(hs_TLHB, g_LLTB, d_LKTB, d_s_LHTB), d_h_LHB, d_c_LHB
 
 
 class Recurrence(torch.autograd.Function):
-    """See `recurrence`; takes the LayerWeights flattened."""
+    """See `recurrence`; the weights are in `gradients`, tokens stand for them in the graph."""
 
     @staticmethod
     def forward(
         ctx: Any,
         plan: Plan,
+        gradients: WeightGradients,
         columns: Tensor,
         symbols_TB: Tensor | None,
         scale_TB: Tensor | None,
         h_BLH: Tensor,
         c_BLH: Tensor | None,
         mask_LBH: Tensor | None,
-        *flat: Tensor | None,
+        *tokens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        x = InputPart(columns, symbols_TB, scale_TB)
+        x, weights = InputPart(columns, symbols_TB, scale_TB), gradients.weights
         T, B = x.sizes
         mask_LHB = mask_LBH.transpose(1, 2).contiguous() if mask_LBH is not None else None
-        forward = _Forward(plan, _layers(flat), mask_LHB, columns.dtype)
+        forward = _Forward(plan, weights, mask_LHB, columns.dtype)
         h_LHB = h_BLH.permute(1, 2, 0)
         c_LHB = c_BLH.permute(1, 2, 0) if c_BLH is not None else None
         y_TBY = columns.new_empty(T, B, plan.hidden_size * (plan.num_layers if plan.output_skips else 1))
         starts: list[tuple[Tensor, Tensor | None]] = []
         at_once = plan.recompute or T
+        trace: _Trace | None = None
         for begin in range(0, T, at_once):
             starts.append((h_LHB, c_LHB))
+            trace = None  # freed before the next
             trace = forward.run(x, range(begin, min(begin + at_once, T)), h_LHB, c_LHB)
-            passed_TLHB = _passed_up(plan, trace.hs_TLHB[1:])
-            y_TYB = passed_TLHB.flatten(1, 2) if plan.output_skips else passed_TLHB[:, -1]
-            y_TBY[begin : begin + at_once] = y_TYB.transpose(1, 2)
+            y_TBY[begin : begin + at_once] = _output(plan, trace.hs_TLHB[1:]).transpose(1, 2)
             h_LHB = trace.hs_TLHB[-1].clone()  # not a view, which would keep all of the trace
             c_LHB = trace.cs_TLHB[-1].clone() if plan.has_cell else None
-        ctx.plan, ctx.mask_LHB, ctx.starts, ctx.last_trace = plan, mask_LHB, starts, trace
-        ctx.save_for_backward(*x, *flat)
+        ctx.plan, ctx.gradients, ctx.mask_LHB, ctx.starts, ctx.trace = plan, gradients, mask_LHB, starts, trace
+        ctx.save_for_backward(*x, *(tensor for layer in weights for tensor in layer))
         return (
             y_TBY,
             h_LHB.permute(2, 0, 1).contiguous(),
@@ -351,23 +334,41 @@ class Recurrence(torch.autograd.Function):
         mask_LHB: Tensor | None = ctx.mask_LHB
         columns, symbols_TB, scale_TB, *flat = ctx.saved_tensors
         x, weights = InputPart(columns, symbols_TB, scale_TB), _layers(flat)
-        backward = _Backward(plan, weights, mask_LHB, columns.dtype)
-        d_columns = torch.zeros_like(columns)
+        T = x.sizes[0]
         d_h_LHB = d_h_last_BLH.permute(1, 2, 0).contiguous()
         d_c_LHB = torch.zeros_like(d_h_LHB)
         if d_c_last_BLH is not None:
             d_c_LHB.copy_(d_c_last_BLH.permute(1, 2, 0))
-        trace: _Trace = ctx.last_trace
-        again = _Forward(plan, weights, mask_LHB, columns.dtype) if len(ctx.starts) > 1 else None
-        at_once = len(trace.steps) if again is None else plan.recompute
-        for begin, (h_LHB, c_LHB) in reversed(list(zip(range(0, trace.steps.stop, at_once), ctx.starts, strict=True))):
-            if again is not None and begin < trace.steps.start:
-                trace = again.run(x, range(begin, begin + at_once), h_LHB, c_LHB)
-            d_y_TYB = d_y_TBY[begin : begin + at_once].transpose(1, 2).contiguous()
-            d_LKTB, d_h_LHB, d_c_LHB = backward.run(trace, d_y_TYB, d_h_LHB, d_c_LHB)
-            x.add_gradient(d_columns, trace.steps, d_LKTB.flatten(0, 1) if plan.input_skips else d_LKTB[0])
+        # taken, so that it is freed as it is used; a second backward of a retained graph computes it again
+        trace: _Trace | None = ctx.trace
+        ctx.trace = None
+        backward = _Backward(plan, weights, mask_LHB, columns.dtype)
+        tokens = ctx.needs_input_grad[-plan.num_layers :]
+        gradients: WeightGradients = ctx.gradients
+        gradients.start(mask_LHB, backward.norms, {j for j, needed in enumerate(tokens) if needed})
+        d_columns = x.no_gradient()
+        forward: _Forward | None = None
+        at_once = plan.recompute or T
+        for begin in reversed(range(0, T, at_once)):
+            gradients.make()
+            if trace is None:
+                forward = forward or _Forward(plan, weights, mask_LHB, columns.dtype)
+                trace = forward.run(x, range(begin, min(begin + at_once, T)), *ctx.starts[begin // at_once])
+            slopes, d_h_LHB, d_c_LHB = backward.run(trace, d_y_TBY[begin : begin + at_once], d_h_LHB, d_c_LHB)
+            d_NTB = slopes.d_LKTB.flatten(0, 1) if plan.input_skips else slopes.d_LKTB[0]
+            x.add_gradient(d_columns, trace.steps, d_NTB)
+            gradients.add(slopes)
+            trace = None  # freed before the next, as what is left of it
+            del slopes, d_NTB
         d_c_BLH = d_c_LHB.permute(2, 0, 1) if plan.has_cell else None
-        return None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, *backward.gradients()
+        token = d_columns.new_zeros(())
+        return None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, *(token for _ in tokens)
+
+
+def _output(plan: Plan, hs_TLHB: Tensor) -> Tensor:
+    """[T, Y, B] of the states."""
+    passed_TLHB = passed_up(plan, hs_TLHB)
+    return passed_TLHB.flatten(1, 2) if plan.output_skips else passed_TLHB[:, -1]
 
 
 def _sum(left: Tensor, right_KB: Tensor, add_LHB: Tensor) -> Tensor:
@@ -376,7 +377,7 @@ def _sum(left: Tensor, right_KB: Tensor, add_LHB: Tensor) -> Tensor:
 
 
 def _cell_backward(
-    w: LayerWeights, now: _Kept, o_HB: Tensor, c_HB: Tensor, d_h_HB: Tensor, d_o_HB: Tensor, gradients: _NormGradients
+    w: LayerWeights, now: _Kept, o_HB: Tensor, c_HB: Tensor, d_h_HB: Tensor, d_o_HB: Tensor, gradients: NormGradients
 ) -> Tensor:
     """From the gradient of h = o * tanh(cell): that of o's pre-activation into d_o. Returns that of c through h."""
     normed = w.cell_gain is not None and w.cell_bias is not None
@@ -395,82 +396,6 @@ def _cell_backward(
     return units.norm_backward(d_cell * w.cell_gain.unsqueeze(1), normal, rstd)
 
 
-def _weight_gradients(
-    plan: Plan,
-    weights: list[LayerWeights],
-    trace: _Trace,
-    d_LKTB: Tensor,
-    d_s_LHTB: Tensor,
-    mask_LHB: Tensor | None,
-) -> list[list[Tensor | None]]:
-    """Gradients of every layer's first fields, up to hidden_bias, as large products over all R columns."""
-    hs_TLHB, kept = trace.hs_TLHB, trace.kept
-    L, H, GH = plan.num_layers, plan.hidden_size, plan.unit_rows
-    dtype, narrow = hs_TLHB.dtype, plan.compute_dtype or hs_TLHB.dtype
-    gated = plan.feedback == "gated"
-    before_LHTB = hs_TLHB[:-1].permute(1, 2, 0, 3).contiguous()
-    before_LHR = before_LHTB.to(narrow).flatten(2)
-    all_SR = packed(before_LHR.flatten(0, 1)) if gated or plan.unit_sources > 1 else None
-    passed_TLHB = _passed_up(plan, hs_TLHB[1:])
-    gates_LLS = None
-    if gated:  # all layers' at once
-        assert all_SR is not None
-        gates_LLS = product_transposed(_narrow_columns(d_LKTB[:, GH:], narrow), all_SR, dtype).view(L, L, -1)
-
-    grads: list[list[Tensor | None]] = []
-    for j, w in enumerate(weights):
-        d_KR = d_LKTB[j].flatten(1)
-        narrow_KR = d_KR.to(narrow)
-        d_s_HR = d_s_LHTB[j].flatten(1)
-
-        below = None
-        if w.below is not None:
-            y_HTB = passed_TLHB[:, j - 1].transpose(0, 1)
-            if mask_LHB is not None:
-                y_HTB = y_HTB * mask_LHB[j - 1].unsqueeze(1)
-            below = product_transposed(narrow_KR, packed(_narrow_columns(y_HTB, narrow, rows=H)), dtype)
-
-        if gated:
-            g_LTB = torch.stack([step[j].g_LB for step in kept], dim=1)  # type: ignore[misc]  # every step has them
-            source_SR = _narrow_columns(before_LHTB * g_LTB.unsqueeze(1), narrow)
-        else:
-            source_SR = before_LHR[j] if plan.feedback == "none" else before_LHR.flatten(0, 1)
-        candidate = product_transposed(d_s_HR.to(narrow), source_SR, dtype)
-        unit = None
-        if w.unit is not None:
-            own_SR = all_SR if plan.unit_sources > 1 else before_LHR[j]
-            assert own_SR is not None
-            unit = product_transposed(narrow_KR[H:GH], own_SR, dtype)
-
-        gates = gates_LLS[j] if gates_LLS is not None else None
-        hidden_bias = d_s_HR.sum(1) if w.hidden_bias is not None else None
-        grads.append([below, candidate, unit, gates, d_KR.sum(1), hidden_bias])
-    return grads
-
-
-def _narrow_columns(x: Tensor, dtype: torch.dtype, rows: int = -1) -> Tensor:
-    """[.., T, B] as a contiguous [rows, R] of `dtype`."""
-    return x.to(dtype).reshape(rows, x.shape[-2] * x.shape[-1])
-
-
-class _NormGradients:
-    """Sums over steps of the gradients of one layer's normalisation parameters."""
-
-    def __init__(self, w: LayerWeights):
-        if w.gain is not None:
-            self.gain, self.bias = torch.zeros_like(w.gain), torch.zeros_like(w.gain)
-        if w.cell_gain is not None:
-            self.cell_gain, self.cell_bias = torch.zeros_like(w.cell_gain), torch.zeros_like(w.cell_gain)
-
-    def add(self, rows: slice, d_GHB: Tensor, normal_GHB: Tensor) -> None:
-        self.bias[rows] += d_GHB.sum(-1).flatten()
-        self.gain[rows] += (d_GHB * normal_GHB).sum(-1).flatten()
-
-    def add_cell(self, d_HB: Tensor, normal_HB: Tensor) -> None:
-        self.cell_bias += d_HB.sum(-1)
-        self.cell_gain += (d_HB * normal_HB).sum(-1)
-
-
 def _squash(a_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str) -> None:
     """Normalises over H (if the plan does), keeps what backward needs, adds the bias; in place."""
     if w.gain is None:
@@ -481,7 +406,7 @@ def _squash(a_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str) 
 
 
 def _squash_backward(
-    d_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str, gradients: _NormGradients
+    d_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str, gradients: NormGradients
 ) -> None:
     """Turns the gradient after _squash into the one before it, in place."""
     if w.gain is None:
@@ -489,11 +414,6 @@ def _squash_backward(
     normal, rstd = now.norms[name]
     gradients.add(rows, d_GHB, normal)
     d_GHB.copy_(units.norm_backward(d_GHB * w.gain[rows].view(-1, d_GHB.shape[1], 1), normal, rstd))
-
-
-def _passed_up(plan: Plan, hs_TLHB: Tensor) -> Tensor:
-    """What each layer passes up: its output, plus (residual) what the layer below passed."""
-    return hs_TLHB.cumsum(dim=1) if plan.residual else hs_TLHB
 
 
 def _layers(flat: Any) -> list[LayerWeights]:
