@@ -8,6 +8,7 @@ Legend: T steps, B rows, R = T * B, L layers, H units, G, K, Lg as in plan.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +20,20 @@ from gfrnn.nn.products import packed, product_transposed
 
 
 class Slopes(NamedTuple):
-    """What the gradients are made of: what consecutive steps read, and the gradients of what they computed."""
+    """What the gradients are made of: those of what consecutive steps computed, and what they read."""
 
-    hs_TLHB: Tensor
-    """h before the first step and after each: T + 1."""
-    g_LLTB: Tensor | None
-    """Global gates, by the layer where they end."""
     d_LKTB: Tensor
     """Of the pre-activations, before normalisation."""
     d_s_LHTB: Tensor
     """Of the candidates' recurrent sums."""
+    before_LHTB: Tensor
+    """h before each step."""
+    below: Callable[[int], Tensor]
+    """Layer -> [H, T, B], what it read of the layer below."""
+    g_LLTB: Tensor | None
+    """Global gates, by the layer where they end."""
+    owner: object = None
+    """Whoever writes to these tensors again when nobody holds it any more."""
 
 
 class NormGradients:
@@ -62,13 +67,15 @@ class WeightGradients:
         self.plan, self.weights = plan, weights
         self.products: _Products | None = None
 
-    def start(self, mask_LHB: Tensor | None, norms: list[NormGradients], layers: set[int]) -> None:
+    def start(self, layers: set[int]) -> None:
         """For one pass of backward, in which these layers will be asked for."""
-        self.mask_LHB, self.norms, self.left = mask_LHB, norms, layers
+        self.left = layers
         self.sums: dict[int, LayerWeights] = {}
+        self.norms = [NormGradients(w) for w in self.weights]
 
     def add(self, slopes: Slopes) -> None:
-        self.products = _Products(self.plan, slopes, self.mask_LHB)
+        if self.left:
+            self.products = _Products(self.plan, slopes, self.weights[0].bias.dtype)
 
     def make(self) -> None:
         """The products of what was added, which is freed."""
@@ -93,15 +100,12 @@ class WeightGradients:
 class _Products:
     """Of some steps, a layer at a time; what several layers read is made once."""
 
-    def __init__(self, plan: Plan, slopes: Slopes, mask_LHB: Tensor | None):
-        self.plan, self.slopes, self.mask_LHB = plan, slopes, mask_LHB
-        self.dtype = slopes.d_LKTB.dtype
-        self.narrow = plan.compute_dtype or self.dtype
-        self.before_LHTB = slopes.hs_TLHB[:-1].permute(1, 2, 0, 3)
-        before_LHR = self.before_LHTB.to(self.narrow).flatten(2)
+    def __init__(self, plan: Plan, slopes: Slopes, dtype: torch.dtype):
+        self.plan, self.slopes, self.dtype = plan, slopes, dtype
+        self.narrow = plan.compute_dtype or dtype
+        before_LHR = slopes.before_LHTB.to(self.narrow).flatten(2)
         self.all_SR = packed(before_LHR.flatten(0, 1)) if plan.feedback != "none" else None
         self.own_LHR = before_LHR if plan.unit_sources == 1 else None
-        self.passed_TLHB = passed_up(plan, slopes.hs_TLHB[1:])
         self.gates_LLS = None
         if self.all_SR is not None and slopes.g_LLTB is not None:
             d_GR = _columns(slopes.d_LKTB[:, plan.unit_rows :], self.narrow)
@@ -122,22 +126,19 @@ class _Products:
 
         below = None
         if w.below is not None:
-            y_HTB = self.passed_TLHB[:, j - 1].transpose(0, 1)
-            if self.mask_LHB is not None:
-                y_HTB = y_HTB * self.mask_LHB[j - 1].unsqueeze(1)
-            below = product("below", narrow_KR, packed(_columns(y_HTB, narrow, rows=H)))
+            below = product("below", narrow_KR, packed(_columns(slopes.below(j), narrow, rows=H)))
         own_SR = self.all_SR if self.own_LHR is None else self.own_LHR[j]
         assert own_SR is not None
         unit = product("unit", narrow_KR[H:GH], own_SR) if w.unit is not None else None
         if slopes.g_LLTB is not None:
-            source_SR = _columns(self.before_LHTB * slopes.g_LLTB[j].unsqueeze(1), narrow)
+            source_SR = _columns(slopes.before_LHTB * slopes.g_LLTB[j].unsqueeze(1), narrow)
         else:
             source_SR = own_SR if self.all_SR is None else self.all_SR
         candidate = product("candidate", d_s_HR.to(narrow), source_SR)
 
         gates = self.gates_LLS[j] if self.gates_LLS is not None else None
-        bias = d_KR.sum(1)
-        hidden_bias = d_s_HR.sum(1) if w.hidden_bias is not None else None
+        bias = d_KR.sum(1, dtype=self.dtype)
+        hidden_bias = d_s_HR.sum(1, dtype=self.dtype) if w.hidden_bias is not None else None
         if sums is not None:
             bias += sums.bias
             if gates is not None and sums.gates is not None:
@@ -159,11 +160,6 @@ class LayerToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
         return None, None, *ctx.gradients.take(ctx.layer)
-
-
-def passed_up(plan: Plan, hs_TLHB: Tensor) -> Tensor:
-    """What each layer passes up: its output, plus (residual) what the layer below passed."""
-    return hs_TLHB.cumsum(dim=1) if plan.residual else hs_TLHB
 
 
 def _columns(x: Tensor, dtype: torch.dtype, rows: int = -1) -> Tensor:

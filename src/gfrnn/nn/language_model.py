@@ -23,10 +23,17 @@ class LanguageModel(nn.Module):
     Args:
         settings: sizes and options.
         compute_dtype: of the operands of the recurrence's products; None: the parameters'.
-        recompute: GatedFeedbackRNN's; without effect on the multiplicative RNN.
+        recompute, cuda_graphs: GatedFeedbackRNN's; without effect on the multiplicative RNN.
     """
 
-    def __init__(self, settings: ModelSettings, *, compute_dtype: torch.dtype | None = None, recompute: int = 0):
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        recompute: int = 0,
+        cuda_graphs: bool = True,
+    ):
         super().__init__()
         self.settings = settings
         V, E = settings.vocab_size, settings.embedding_size
@@ -54,6 +61,7 @@ class LanguageModel(nn.Module):
                 layer_norm=settings.layer_norm,
                 hidden_bias=settings.hidden_bias,
                 recompute=recompute,
+                cuda_graphs=cuda_graphs,
                 **options,
             )
             if settings.forget_bias:
@@ -81,9 +89,11 @@ class LanguageModel(nn.Module):
         return (h, h.clone()) if self.settings.unit == "lstm" else h
 
 
-def build_language_model(settings: ModelSettings, dtype: str, seed: int, *, recompute: int = 0) -> LanguageModel:
+def build_language_model(
+    settings: ModelSettings, dtype: str, seed: int, *, recompute: int = 0, cuda_graphs: bool = True
+) -> LanguageModel:
     """A freshly initialised model; the same seed gives the same weights on every machine and process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         compute_dtype = torch.bfloat16 if dtype == "bf16" else None
-        return LanguageModel(settings, compute_dtype=compute_dtype, recompute=recompute)
+        return LanguageModel(settings, compute_dtype=compute_dtype, recompute=recompute, cuda_graphs=cuda_graphs)

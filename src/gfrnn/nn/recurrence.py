@@ -1,36 +1,30 @@
 """The fast path: T steps of gated feedback as one autograd.Function with its own backward through time.
 
-Features come first and rows of the batch last everywhere, so that weights are the left operand of every product, where
-they need no packing (products.py), and every product writes what the next reads. A layer's step is: the layer below,
-the unit gates' and the candidate's recurrent products, each adding to the one before, and the unit. Backward has the
-same products with the transposed weights, made once; weight gradients (gradients.py) come after the loop.
+What runs the steps: torch's operators (steps.py), or where there is Triton its kernels (fused.py), on CUDA as graphs
+(graphs.py). Weight gradients come after the steps, in nodes of their own (gradients.py).
 
-Legend: T steps, B rows, R = T * B, L layers, H units, G, K as in plan.py, N = K * (L with input skips, else 1),
-U = G - 1 unit gates, S = H * sources of a product. Products have operands of plan.compute_dtype; everything kept
-between them has the parameters' dtype.
+Legend: T steps, B rows, L layers, H units, N, Y as in reference.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gfrnn.nn import units
-from gfrnn.nn.gradients import LayerToken, NormGradients, Slopes, WeightGradients, passed_up
+from gfrnn.nn import kernels
+from gfrnn.nn.fused import FusedSteps, Left
+from gfrnn.nn.gradients import LayerToken, NormGradients, Slopes, WeightGradients
+from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.plan import LayerWeights, Plan
-from gfrnn.nn.products import product
+from gfrnn.nn.steps import Steps, passed_up
 
-_FIELDS = len(LayerWeights._fields)
 _WITHOUT_BACKWARD = 8  # steps between which all is freed
-_LOOKED_UP = 4  # steps whose symbols are looked up at once: what a cache holds
-_TRANSPOSED = 8  # steps whose output's gradient is transposed at once
 
 
 def recurrence(
@@ -40,250 +34,56 @@ def recurrence(
     c_BLH: Tensor | None,
     below_mask_LBH: Tensor | None,
     weights: list[LayerWeights],
+    graphs: Graphs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Same arguments, result and gradients as reference.recurrence_reference."""
+    """Same arguments, result and gradients as reference.recurrence_reference.
+
+    graphs: on CUDA, the caller's graphs of earlier calls.
+    """
     if not torch.is_grad_enabled():  # there is no backward: keep nothing for long
         plan = dataclasses.replace(plan, recompute=_WITHOUT_BACKWARD)
     gradients = WeightGradients(plan, weights)
     token: Callable[..., Tensor] = LayerToken.apply
     tokens = [token(gradients, j, *layer) for j, layer in enumerate(weights)]
     run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
-    return run(plan, gradients, *x, h_BLH, c_BLH, below_mask_LBH, *tokens)
+    return run(plan, graphs, gradients, *x, h_BLH, c_BLH, below_mask_LBH, *tokens)
 
 
-class _Left:
-    """The weights as left operands: in the compute dtype, as they lie or (for backward) transposed."""
-
-    def __init__(self, plan: Plan, weights: list[LayerWeights], dtype: torch.dtype, *, transposed: bool):
-        def left(*parts: Tensor | None) -> Tensor | None:
-            """The parts that there are, one under the other."""
-            found = [part.to(dtype) for part in parts if part is not None]
-            if not found:
-                return None
-            return _transposed(found) if transposed else (torch.cat(found) if len(found) > 1 else found[0].contiguous())
-
-        # what reads all layers at t - 1 without global gates, every layer's at once: [L * P, L * H]. In forward the
-        # unit gates stay apart: to put them together is a copy of the weights, too dear for a call of one step
-        all_units = plan.unit_sources > 1 and transposed
-        self.ungated = left(*(part for w in weights for part in (w.unit if all_units else None, w.gates)))
-        self.unit = [left(w.unit) if not all_units else None for w in weights]
-        self.candidate = [left(w.candidate) for w in weights]
-        self.below = [left(w.below) for w in weights]
-
-
-def _transposed(parts_MN: list[Tensor]) -> Tensor:
-    """Matrices one under the other, transposed: [N, sum of M]."""
-    N = parts_MN[0].shape[1]
-    blocks = 2 - N % 2  # a copy to transpose has one thread; as one of three axes it has all
-    out = parts_MN[0].new_empty(blocks, N // blocks, sum(map(len, parts_MN)))
-    begin = 0
-    for part in parts_MN:
-        out[..., begin : begin + len(part)] = part.unflatten(1, (blocks, -1)).permute(1, 2, 0)
-        begin += len(part)
-    return out.flatten(0, 1)
-
-
-@dataclass
-class _Kept:
-    """What backward needs of one layer at one step, besides h and c."""
-
-    n_HB: Tensor
-    """Candidate."""
-    u_UHB: Tensor | None
-    """Unit gates."""
-    g_LB: Tensor | None
-    """Global gates that end here."""
-    s_HB: Tensor | None
-    """GRU: what the reset gate multiplies."""
-    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Layer norm: (normalised, 1 / standard deviation) of the candidate, the unit gates, the cell."""
-
-
-@dataclass
-class _Trace:
-    """What consecutive steps leave for backward."""
+class Trace(Protocol):
+    """What steps leave for backward; the rest is between the two of them."""
 
     steps: range
     hs_TLHB: Tensor
     """h before the first step and after each: T + 1."""
     cs_TLHB: Tensor
     """Likewise the LSTM's cell, else empty."""
-    kept: list[list[_Kept]]
-    """By step and layer."""
 
 
-class _Forward:
-    """Runs steps; for backward once more, if it recomputes them."""
+class Runner(Protocol):
+    """What runs steps, and back; documented in steps.py."""
 
-    def __init__(self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype):
-        self.plan, self.weights, self.mask_LHB, self.dtype = plan, weights, mask_LHB, dtype
-        self.left = _Left(plan, weights, plan.compute_dtype or dtype, transposed=False)
-        # normalised rows get their bias after that; here the others'
-        self.bias_K1 = [w.bias.unsqueeze(1).clone() for w in weights]
-        for bias, w in zip(self.bias_K1, weights, strict=True):
-            bias[: plan.unit_rows] *= w.gain is None
+    def forward(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> Any: ...
 
-    def run(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> _Trace:
-        """From the state before the first of `steps`."""
-        plan, mask_LHB, dtype = self.plan, self.mask_LHB, self.dtype
-        L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
-        T, B = len(steps), h_LHB.shape[-1]
-        narrow = plan.compute_dtype or dtype
-        hs_TLHB = h_LHB.new_empty(T + 1, L, H, B)
-        hs_TLHB[0] = h_LHB
-        cs_TLHB = h_LHB.new_empty(T + 1 if plan.has_cell else 0, L, H, B)
-        if c_LHB is not None:
-            cs_TLHB[0] = c_LHB
-        kept: list[list[_Kept]] = []
-        for t in range(T):
-            if t % _LOOKED_UP == 0:
-                x_NTB = x.some(steps[t : t + _LOOKED_UP])
-            h_LHB = hs_TLHB[t]
-            narrow_h_LHB = h_LHB.to(narrow)
-            gates_LLB = None
-            if self.left.ungated is not None:
-                gates_LLB = product(self.left.ungated, narrow_h_LHB.view(L * H, B), dtype).view(L, L, B)
-            kept.append([])
-            below_HB = h_LHB[0]  # of layer j - 1; layer 0 has none
-            for j, w in enumerate(self.weights):
-                if plan.input_skips or j == 0:
-                    a_KB = x_NTB[j * K : (j + 1) * K, t % _LOOKED_UP] + self.bias_K1[j]
-                else:
-                    a_KB = self.bias_K1[j].expand(K, B).contiguous()
-                below = self.left.below[j]
-                if below is not None:
-                    y_HB = below_HB if mask_LHB is None else below_HB * mask_LHB[j - 1]
-                    a_KB = product(below, y_HB.to(narrow), dtype, a_KB)
-
-                g_LB, source_SB = None, narrow_h_LHB.view(L * H, B)
-                if gates_LLB is not None:
-                    g_LB = gates_LLB[j].add_(a_KB[GH:]).sigmoid_()
-                    source_SB = (h_LHB * g_LB.unsqueeze(1)).to(narrow).view(L * H, B)
-                elif plan.feedback == "none":
-                    source_SB = narrow_h_LHB[j]
-                candidate, unit = self.left.candidate[j], self.left.unit[j]
-                assert candidate is not None
-                u_UHB = s_HB = None
-                if unit is not None:
-                    read_SB = narrow_h_LHB.view(L * H, B) if plan.unit_sources > 1 else narrow_h_LHB[j]
-                    u_UHB = product(unit, read_SB, dtype, a_KB[H:GH]).view(-1, H, B)
-                if plan.unit == "gru":
-                    s_HB = product(candidate, source_SB, dtype)
-                    if w.hidden_bias is not None:
-                        s_HB += w.hidden_bias.unsqueeze(1)
-                    n_HB = a_KB[:H]
-                else:
-                    n_HB = product(candidate, source_SB, dtype, a_KB[:H])
-                now = _Kept(n_HB, u_UHB, g_LB, s_HB)
-                kept[t].append(now)
-
-                h_next = hs_TLHB[t + 1, j]
-                if u_UHB is not None:
-                    _squash(u_UHB, slice(H, GH), w, now, "unit")
-                if s_HB is not None:
-                    assert u_UHB is not None
-                    units.gru_gates_forward(n_HB, u_UHB, s_HB)
-                _squash(n_HB.unsqueeze(0), slice(0, H), w, now, "candidate")
-                if plan.unit == "tanh":
-                    torch.tanh(n_HB, out=h_next)
-                elif u_UHB is not None and s_HB is not None:
-                    n_HB.tanh_()
-                    units.gru_output_forward(n_HB, u_UHB, h_LHB[j], h_next)
-                elif u_UHB is not None:
-                    cell = cs_TLHB[t + 1, j]
-                    units.lstm_gates_forward(n_HB, u_UHB, cs_TLHB[t, j], cell)
-                    if w.cell_gain is not None and w.cell_bias is not None:
-                        now.norms["cell"] = units.norm_forward(cell)
-                        cell = torch.addcmul(w.cell_bias.unsqueeze(1), now.norms["cell"][0], w.cell_gain.unsqueeze(1))
-                    torch.mul(u_UHB[2], torch.tanh(cell), out=h_next)
-                below_HB = h_next + below_HB if plan.residual and j > 0 else h_next
-        return _Trace(steps, hs_TLHB, cs_TLHB, kept)
+    def backward(
+        self, trace: Any, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor, norms: list[NormGradients]
+    ) -> tuple[Slopes, Tensor, Tensor]: ...
 
 
-class _Backward:
-    """Runs steps back, from the last to the first."""
-
-    def __init__(self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype):
-        self.plan, self.weights, self.mask_LHB, self.dtype = plan, weights, mask_LHB, dtype
-        self.left = _Left(plan, weights, plan.compute_dtype or dtype, transposed=True)
-        self.norms = [NormGradients(w) for w in weights]
-
-    def run(self, trace: _Trace, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor) -> tuple[Slopes, Tensor, Tensor]:
-        """From the gradients of the steps' output and of the state after them to those of the state before them."""
-        plan, weights, mask_LHB, left, dtype = self.plan, self.weights, self.mask_LHB, self.left, self.dtype
-        hs_TLHB, cs_TLHB, kept, gain_grads = trace.hs_TLHB, trace.cs_TLHB, trace.kept, self.norms
-        L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
-        T, B = len(trace.steps), hs_TLHB.shape[-1]
-        narrow = plan.compute_dtype or dtype
-        d_LKTB = hs_TLHB.new_empty(L, K, T, B)
-        # of the candidate's recurrent sum, where it differs from that of its pre-activation
-        d_s_LHTB = hs_TLHB.new_empty(L, H, T, B) if plan.unit == "gru" else d_LKTB[:, :H]
-        P = left.ungated.shape[1] // L if left.ungated is not None else 0
-        d_ungated_LPB = hs_TLHB.new_empty(L, P, B, dtype=narrow)
-        g_LLTB = hs_TLHB.new_empty(L, L, T, B) if plan.global_gates else None
-        first = T  # step of those whose output's gradient is transposed
-        for t in reversed(range(T)):
-            if t < first:
-                first = max(0, t + 1 - _TRANSPOSED)
-                d_y_TYB = d_y_TBY[first : t + 1].transpose(1, 2).contiguous()
-            d_y_YB = d_y_TYB[t - first]
-            h_LHB = hs_TLHB[t]
-            d_before_LHB = torch.zeros_like(d_h_LHB)
-            d_below_HB = d_y_YB[-H:]  # of what layer j passes up
-            kept_L = kept.pop()
-            for j in reversed(range(L)):
-                w, now = weights[j], kept_L[j]
-                n_HB, u_UHB, s_HB = now.n_HB, now.u_UHB, now.s_HB
-                d_h = d_h_LHB[j] + d_below_HB
-                d_KB = d_h.new_empty(K, B)
-                d_GHB = d_KB[:GH].view(-1, H, B)
-                if plan.unit == "tanh":
-                    units.tanh_backward(d_h, hs_TLHB[t + 1, j], grad_input=d_GHB[0])
-                elif u_UHB is not None and s_HB is not None:
-                    d_before_LHB[j] += units.gru_output_backward(d_h, n_HB, u_UHB, h_LHB[j], d_GHB)
-                elif u_UHB is not None:
-                    d_cell = _cell_backward(w, now, u_UHB[2], cs_TLHB[t + 1, j], d_h, d_GHB[3], gain_grads[j])
-                    d_c_LHB[j] = units.lstm_gates_backward(d_c_LHB[j] + d_cell, n_HB, u_UHB, cs_TLHB[t, j], d_GHB)
-                _squash_backward(d_GHB[:1], slice(0, H), w, now, "candidate", gain_grads[j])
-                d_s_HB = d_GHB[0]
-                if u_UHB is not None:
-                    if s_HB is not None:
-                        d_s_HB = units.gru_gates_backward(d_GHB[0], u_UHB, s_HB, d_GHB)
-                        d_s_LHTB[j, :, t] = d_s_HB
-                    _squash_backward(d_GHB[1:], slice(H, GH), w, now, "unit", gain_grads[j])
-
-                candidate, unit, below = left.candidate[j], left.unit[j], left.below[j]
-                assert candidate is not None
-                narrow_d_s_HB = d_s_HB.to(narrow)
-                if (
-                    now.g_LB is not None and g_LLTB is not None
-                ):  # gradient of the gated states [g^i h^i], which gives that of g and of h
-                    d_gated_LHB = product(candidate, narrow_d_s_HB, dtype).view(L, H, B)
-                    d_before_LHB.addcmul_(d_gated_LHB, now.g_LB.unsqueeze(1))
-                    units.sigmoid_backward(d_gated_LHB.mul_(h_LHB).sum(1), now.g_LB, grad_input=d_KB[GH:])
-                    g_LLTB[j, :, t] = now.g_LB
-                elif plan.feedback == "none":
-                    d_before_LHB[j] += product(candidate, narrow_d_s_HB, dtype)
-                else:
-                    d_before_LHB = _sum(candidate, narrow_d_s_HB, d_before_LHB)
-                if unit is not None:
-                    d_before_LHB[j] += product(unit, d_KB[H:GH].to(narrow), dtype)
-
-                d_LKTB[j, :, t] = d_KB
-                d_ungated_LPB[j] = d_KB[K - P :]
-                if below is not None:
-                    passed = product(below, d_KB.to(narrow), dtype)
-                    if mask_LHB is not None:
-                        passed *= mask_LHB[j - 1]
-                    if plan.residual:
-                        passed += d_below_HB
-                    if plan.output_skips:
-                        passed += d_y_YB[(j - 1) * H : j * H]
-                    d_below_HB = passed
-            if left.ungated is not None:
-                d_before_LHB = _sum(left.ungated, d_ungated_LPB.view(L * P, B), d_before_LHB)
-            d_h_LHB = d_before_LHB
-        return Slopes(hs_TLHB, g_LLTB, d_LKTB, d_s_LHTB), d_h_LHB, d_c_LHB
+def _runner(
+    plan: Plan,
+    graphs: Graphs | None,
+    weights: list[LayerWeights],
+    mask_LHB: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+) -> Runner:
+    device = weights[0].bias.device
+    if not kernels.usable(plan, device, dtype):
+        return Steps(plan, weights, mask_LHB, dtype)
+    if graphs is None or not graphs.usable(device):
+        return FusedSteps(plan, Left(plan, weights, plan.compute_dtype or dtype), mask_LHB, dtype)
+    return graphs.take(plan, weights, mask_LHB, dtype, backward=backward)
 
 
 class Recurrence(torch.autograd.Function):
@@ -293,6 +93,7 @@ class Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
+        graphs: Graphs | None,
         gradients: WeightGradients,
         columns: Tensor,
         symbols_TB: Tensor | None,
@@ -305,21 +106,24 @@ class Recurrence(torch.autograd.Function):
         x, weights = InputPart(columns, symbols_TB, scale_TB), gradients.weights
         T, B = x.sizes
         mask_LHB = mask_LBH.transpose(1, 2).contiguous() if mask_LBH is not None else None
-        forward = _Forward(plan, weights, mask_LHB, columns.dtype)
+        backward = any(token.requires_grad for token in tokens)
+        runner = _runner(plan, graphs, weights, mask_LHB, columns.dtype, backward=backward)
         h_LHB = h_BLH.permute(1, 2, 0)
         c_LHB = c_BLH.permute(1, 2, 0) if c_BLH is not None else None
         y_TBY = columns.new_empty(T, B, plan.hidden_size * (plan.num_layers if plan.output_skips else 1))
         starts: list[tuple[Tensor, Tensor | None]] = []
         at_once = plan.recompute or T
-        trace: _Trace | None = None
+        trace: Trace | None = None
         for begin in range(0, T, at_once):
             starts.append((h_LHB, c_LHB))
             trace = None  # freed before the next
-            trace = forward.run(x, range(begin, min(begin + at_once, T)), h_LHB, c_LHB)
+            trace = runner.forward(x, range(begin, min(begin + at_once, T)), h_LHB, c_LHB)
             y_TBY[begin : begin + at_once] = _output(plan, trace.hs_TLHB[1:]).transpose(1, 2)
             h_LHB = trace.hs_TLHB[-1].clone()  # not a view, which would keep all of the trace
             c_LHB = trace.cs_TLHB[-1].clone() if plan.has_cell else None
-        ctx.plan, ctx.gradients, ctx.mask_LHB, ctx.starts, ctx.trace = plan, gradients, mask_LHB, starts, trace
+        ctx.plan, ctx.graphs, ctx.gradients, ctx.mask_LHB = plan, graphs, gradients, mask_LHB
+        ctx.starts, ctx.runner, ctx.trace = starts, runner, trace
+        # of the weights to know that nobody changes them
         ctx.save_for_backward(*x, *(tensor for layer in weights for tensor in layer))
         return (
             y_TBY,
@@ -331,90 +135,44 @@ class Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y_TBY: Tensor, d_h_last_BLH: Tensor, d_c_last_BLH: Tensor | None) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
-        mask_LHB: Tensor | None = ctx.mask_LHB
-        columns, symbols_TB, scale_TB, *flat = ctx.saved_tensors
-        x, weights = InputPart(columns, symbols_TB, scale_TB), _layers(flat)
+        x = InputPart(*ctx.saved_tensors[:3])
         T = x.sizes[0]
         d_h_LHB = d_h_last_BLH.permute(1, 2, 0).contiguous()
         d_c_LHB = torch.zeros_like(d_h_LHB)
         if d_c_last_BLH is not None:
             d_c_LHB.copy_(d_c_last_BLH.permute(1, 2, 0))
-        # taken, so that it is freed as it is used; a second backward of a retained graph computes it again
-        trace: _Trace | None = ctx.trace
-        ctx.trace = None
-        backward = _Backward(plan, weights, mask_LHB, columns.dtype)
-        tokens = ctx.needs_input_grad[-plan.num_layers :]
         gradients: WeightGradients = ctx.gradients
-        gradients.start(mask_LHB, backward.norms, {j for j, needed in enumerate(tokens) if needed})
+        # taken, so that they are freed as they are used; a second backward of a retained graph computes the trace again
+        trace: Trace | None = ctx.trace
+        runner: Runner = ctx.runner or _runner(
+            plan, ctx.graphs, gradients.weights, ctx.mask_LHB, x.columns.dtype, backward=True
+        )
+        ctx.trace = ctx.runner = None
+        tokens = ctx.needs_input_grad[-plan.num_layers :]
+        gradients.start({j for j, needed in enumerate(tokens) if needed})
         d_columns = x.no_gradient()
-        forward: _Forward | None = None
         at_once = plan.recompute or T
         for begin in reversed(range(0, T, at_once)):
             gradients.make()
+            steps = range(begin, min(begin + at_once, T))
             if trace is None:
-                forward = forward or _Forward(plan, weights, mask_LHB, columns.dtype)
-                trace = forward.run(x, range(begin, min(begin + at_once, T)), *ctx.starts[begin // at_once])
-            slopes, d_h_LHB, d_c_LHB = backward.run(trace, d_y_TBY[begin : begin + at_once], d_h_LHB, d_c_LHB)
-            d_NTB = slopes.d_LKTB.flatten(0, 1) if plan.input_skips else slopes.d_LKTB[0]
-            x.add_gradient(d_columns, trace.steps, d_NTB)
+                trace = runner.forward(x, steps, *ctx.starts[begin // at_once])
+            slopes, d_h_LHB, d_c_LHB = runner.backward(
+                trace, d_y_TBY[begin : steps.stop], d_h_LHB, d_c_LHB, gradients.norms
+            )
+            x.add_gradient(d_columns, steps, slopes.d_LKTB.flatten(0, 1) if plan.input_skips else slopes.d_LKTB[0])
             gradients.add(slopes)
             trace = None  # freed before the next, as what is left of it
-            del slopes, d_NTB
+            del slopes
         d_c_BLH = d_c_LHB.permute(2, 0, 1) if plan.has_cell else None
         token = d_columns.new_zeros(())
-        return None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, *(token for _ in tokens)
+        return (
+            *(None, None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None),
+            *(token for _ in tokens),
+        )
 
 
 def _output(plan: Plan, hs_TLHB: Tensor) -> Tensor:
     """[T, Y, B] of the states."""
     passed_TLHB = passed_up(plan, hs_TLHB)
     return passed_TLHB.flatten(1, 2) if plan.output_skips else passed_TLHB[:, -1]
-
-
-def _sum(left: Tensor, right_KB: Tensor, add_LHB: Tensor) -> Tensor:
-    """left @ right + add, as [L, H, B]."""
-    return product(left, right_KB, add_LHB.dtype, add_LHB.flatten(0, 1)).view_as(add_LHB)
-
-
-def _cell_backward(
-    w: LayerWeights, now: _Kept, o_HB: Tensor, c_HB: Tensor, d_h_HB: Tensor, d_o_HB: Tensor, gradients: NormGradients
-) -> Tensor:
-    """From the gradient of h = o * tanh(cell): that of o's pre-activation into d_o. Returns that of c through h."""
-    normed = w.cell_gain is not None and w.cell_bias is not None
-    if w.cell_gain is not None and w.cell_bias is not None:
-        normal, rstd = now.norms["cell"]
-        tanh_c = torch.tanh(torch.addcmul(w.cell_bias.unsqueeze(1), normal, w.cell_gain.unsqueeze(1)))
-    else:
-        tanh_c = torch.tanh(c_HB)
-    units.sigmoid_backward(d_h_HB * tanh_c, o_HB, grad_input=d_o_HB)
-    d_cell = d_h_HB * o_HB
-    units.tanh_backward(d_cell, tanh_c, grad_input=d_cell)
-    if not normed:
-        return d_cell
-    gradients.add_cell(d_cell, normal)
-    assert w.cell_gain is not None
-    return units.norm_backward(d_cell * w.cell_gain.unsqueeze(1), normal, rstd)
-
-
-def _squash(a_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str) -> None:
-    """Normalises over H (if the plan does), keeps what backward needs, adds the bias; in place."""
-    if w.gain is None:
-        return
-    shape = (-1, *a_GHB.shape[1:2], 1)
-    now.norms[name] = units.norm_forward(a_GHB)
-    torch.addcmul(w.bias[rows].view(shape), now.norms[name][0], w.gain[rows].view(shape), out=a_GHB)
-
-
-def _squash_backward(
-    d_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str, gradients: NormGradients
-) -> None:
-    """Turns the gradient after _squash into the one before it, in place."""
-    if w.gain is None:
-        return
-    normal, rstd = now.norms[name]
-    gradients.add(rows, d_GHB, normal)
-    d_GHB.copy_(units.norm_backward(d_GHB * w.gain[rows].view(-1, d_GHB.shape[1], 1), normal, rstd))
-
-
-def _layers(flat: Any) -> list[LayerWeights]:
-    return [LayerWeights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]

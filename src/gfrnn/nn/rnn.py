@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gfrnn.config import Feedback, UnitGates
+from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import read_input
 from gfrnn.nn.noise import PLACE_BELOW, PLACE_WEIGHT, Noise
 from gfrnn.nn.plan import LayerWeights, Plan
@@ -60,6 +62,7 @@ class GatedFeedbackRNN(nn.Module):
         compute_dtype: of the operands of products (torch.bfloat16); None: the parameters'. All else keeps fp32.
         recompute: keep the state of every so many steps, and compute the rest again in backward: the same gradients in
             less memory and more time. 0 keeps all.
+        cuda_graphs: on CUDA, run many steps with one launch, in memory that is kept for the next call.
         reference: run the plain loop instead of the fast path; same results, many times slower.
     """
 
@@ -84,6 +87,7 @@ class GatedFeedbackRNN(nn.Module):
         hidden_bias: bool = False,
         compute_dtype: torch.dtype | None = None,
         recompute: int = 0,
+        cuda_graphs: bool = True,
         reference: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -114,6 +118,7 @@ class GatedFeedbackRNN(nn.Module):
         self.batch_first, self.bias = batch_first, bias
         self.dropout, self.input_dropout, self.weight_dropout = dropout, input_dropout, weight_dropout
         self.reference = reference
+        self.graphs = Graphs() if cuda_graphs else None
 
         plan, L, H, K = self.plan, num_layers, hidden_size, self.plan.rows
         unit_gate_rows = plan.unit_rows - H
@@ -214,7 +219,7 @@ class GatedFeedbackRNN(nn.Module):
             masks = [noise.row_mask(PLACE_BELOW + j, self.hidden_size, self.dropout) for j in range(1, self.num_layers)]
             mask_LBH = torch.stack(masks).to(dtype)
 
-        run = recurrence_reference if self.reference else recurrence
+        run = recurrence_reference if self.reference else partial(recurrence, graphs=self.graphs)
         y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, weights)
         h_LBH = h_BLH.transpose(0, 1)
         c_LBH = c_next_BLH.transpose(0, 1) if c_next_BLH is not None else None

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from gfrnn import cli
 from gfrnn.cli import Stopped
 from gfrnn.config import RunFailed, Settings, sizes
 from gfrnn.data import Bytes, Streams, Text
@@ -85,7 +86,12 @@ class Trainer:
 
         own = run.named_checkpoint("latest")
         latest = find_checkpoint(settings.start_from) if own is None and settings.start_from is not None else own
-        model = build_language_model(settings.model, batch.dtype, settings.seed, recompute=batch.recompute)
+        gathered = self.stage == 3  # weights are whole for the time of a call: graphs would keep them whole
+        if gathered and device.type == "cuda":
+            cli.say("note: at ZeRO stage 3 the recurrence runs without CUDA graphs, one kernel after another")
+        model = build_language_model(
+            settings.model, batch.dtype, settings.seed, recompute=batch.recompute, cuda_graphs=not gathered
+        )
         saved = None
         if latest is not None:
             saved = load_checkpoint(latest)

@@ -1,0 +1,175 @@
+"""The fused steps as CUDA graphs: one launch for all kernels of many steps, forward and back.
+
+A graph reads and writes memory of its own: a call copies into it what it is given (weights too, in the products' type,
+so that graphs know nothing of where a parameter lies), and nobody else may use the graph until the call's last gradient
+is made. A second call before that gets other memory.
+
+Legend: as in steps.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gfrnn.nn.fused import FusedSteps, FusedTrace, Left
+from gfrnn.nn.gradients import Slopes
+from gfrnn.nn.inputs import InputPart
+from gfrnn.nn.plan import LayerWeights, Plan
+
+_MOST = 16  # graphs of one memory: shapes that a module is called with
+Found = TypeVar("Found")
+
+
+class Graphs:
+    """Of one module. Copies of the module start without."""
+
+    def __init__(self) -> None:
+        self.free: dict[Any, list[_Memory]] = {}
+
+    def __deepcopy__(self, memo: Any) -> Graphs:
+        return Graphs()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
+
+    @staticmethod
+    def usable(device: torch.device) -> bool:
+        """Whether calls can be graphs: not within somebody else's."""
+        return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+    def take(
+        self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype, *, backward: bool
+    ) -> CapturedSteps:
+        """What runs one call with these weights. backward: whether it will be asked for."""
+        plan = dataclasses.replace(plan, recompute=0)
+        key = (plan, dtype, weights[0].bias.device)
+        free = self.free.setdefault(key, [])
+        memory = free.pop() if free else _Memory(plan, weights, dtype)
+        memory.left.load(weights)
+        return CapturedSteps(memory, free, mask_LHB, backward=backward)
+
+
+class _Memory:
+    """The weights of a call, and the graphs that read them."""
+
+    def __init__(self, plan: Plan, weights: list[LayerWeights], dtype: torch.dtype):
+        self.plan, self.dtype = plan, dtype
+        self.left = Left(plan, weights, plan.compute_dtype or dtype)
+        self.graphs: dict[Any, _Graph] = {}
+
+    def graph(self, x: InputPart, steps: range, h_LHB: Tensor, mask_LHB: Tensor | None) -> _Graph:
+        """For so many steps of such input."""
+        key = (len(steps), h_LHB.shape, x.columns.shape[1], x.symbols_TB is None, x.scale_TB is None, mask_LHB is None)
+        if key not in self.graphs:
+            if len(self.graphs) == _MOST:
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = _Graph(self, x, len(steps), h_LHB, mask_LHB)
+        return self.graphs[key]
+
+
+class CapturedSteps:
+    """As steps.Steps: runs one call's steps, and back. Its memory is free for another call when nobody holds it."""
+
+    def __init__(self, memory: _Memory, free: list[_Memory], mask_LHB: Tensor | None, *, backward: bool):
+        self.memory, self.free, self.mask_LHB, self.needs_backward = memory, free, mask_LHB, backward
+
+    def __del__(self) -> None:
+        self.free.append(self.memory)
+
+    def forward(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> CapturedTrace:
+        """As Steps.forward. The trace is valid until the next."""
+        graph = self.memory.graph(x, steps, h_LHB, self.mask_LHB)
+        if self.needs_backward:
+            graph.capture_backward()
+        graph.forward(x, steps, h_LHB, c_LHB, self.mask_LHB)
+        return CapturedTrace(steps, graph.trace.hs_TLHB, graph.trace.cs_TLHB, graph)
+
+    def backward(
+        self, trace: CapturedTrace, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor, _: object = None
+    ) -> tuple[Slopes, Tensor, Tensor]:
+        """As Steps.backward. The slopes are valid until the next."""
+        slopes, d_h_LHB, d_c_LHB = trace.graph.backward(d_y_TBY, d_h_LHB, d_c_LHB)
+        return slopes._replace(owner=self), d_h_LHB.clone(), d_c_LHB.clone()
+
+
+@dataclasses.dataclass
+class CapturedTrace:
+    """What the graph of some steps leaves for that of their backward."""
+
+    steps: range
+    hs_TLHB: Tensor
+    cs_TLHB: Tensor
+    graph: _Graph
+
+
+class _Graph:
+    """So many steps forward, and back, with the memory that they read and write."""
+
+    def __init__(self, memory: _Memory, x: InputPart, T: int, h_LHB: Tensor, mask_LHB: Tensor | None):
+        plan, new = memory.plan, h_LHB.new_zeros
+        L, H, B = h_LHB.shape
+        self.x = InputPart(
+            torch.zeros_like(x.columns) if x.symbols_TB is not None else new(len(x.columns), T, B),
+            torch.zeros_like(x.symbols_TB[:T]) if x.symbols_TB is not None else None,
+            torch.zeros_like(x.scale_TB[:T]) if x.scale_TB is not None else None,
+        )
+        self.h_LHB, self.c_LHB = new(L, H, B), new(L, H, B) if plan.has_cell else None
+        self.mask_LHB = torch.zeros_like(mask_LHB) if mask_LHB is not None else None
+        self.d_y_TBY = new(T, B, H * (L if plan.output_skips else 1))
+        self.d_h_LHB, self.d_c_LHB = new(L, H, B), new(L, H, B)
+        self.runner = FusedSteps(plan, memory.left, self.mask_LHB, memory.dtype)
+        self.trace, self.replay_forward = capture(lambda: self.runner.forward(self.x, range(T), self.h_LHB, self.c_LHB))
+        self.found: tuple[Slopes, Tensor, Tensor] | None = None
+
+    def capture_backward(self) -> None:
+        """Unless it is."""
+        if self.found is None:
+            self.found, self.replay_backward = capture(
+                lambda: self.runner.backward(self.trace, self.d_y_TBY, self.d_h_LHB, self.d_c_LHB)
+            )
+
+    def forward(
+        self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None, mask_LHB: Tensor | None
+    ) -> FusedTrace:
+        """From the state before the first of `steps`."""
+        some = slice(steps.start, steps.stop)
+        self.x.columns.copy_(x.columns[:, some] if x.symbols_TB is None else x.columns)
+        for ours, given in (
+            (self.x.symbols_TB, x.symbols_TB[some] if x.symbols_TB is not None else None),
+            (self.x.scale_TB, x.scale_TB[some] if x.scale_TB is not None else None),
+            (self.h_LHB, h_LHB),
+            (self.c_LHB, c_LHB),
+            (self.mask_LHB, mask_LHB),
+        ):
+            if ours is not None and given is not None:
+                ours.copy_(given)
+        self.replay_forward()
+        return self.trace
+
+    def backward(self, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor) -> tuple[Slopes, Tensor, Tensor]:
+        """Of the steps that `forward` ran last."""
+        self.capture_backward()
+        assert self.found is not None
+        self.d_y_TBY.copy_(d_y_TBY)
+        self.d_h_LHB.copy_(d_h_LHB)
+        self.d_c_LHB.copy_(d_c_LHB)
+        self.replay_backward()
+        return self.found
+
+
+def capture(function: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
+    """What `function` returns, and a call that computes it again, in the same memory from the same memory."""
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        function()  # what is compiled and loaded at its first use cannot be captured
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
+        found = function()
+    return found, graph.replay
