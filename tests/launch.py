@@ -126,3 +126,15 @@ def validations(output_dir: Path) -> dict[int, float]:
 def summary(output_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
     return found
+
+
+def measured_overlap(folder: Path, *flags: str) -> dict[str, dict[str, float]]:
+    """The results of benchmarks/overlap.py, by mode."""
+    script, where = ROOT / "benchmarks/overlap.py", folder / "overlap.json"
+    sizes = ["--preset", "gf-lstm-3x191", "--rows", "8", "--steps", "10", "--repeats", "3"]
+    command = [sys.executable, script, *sizes, "--port", str(free_port()), "--json", where, *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "apart" in done.stdout
+    found: dict[str, dict[str, float]] = json.loads(where.read_text())["results"]
+    return found

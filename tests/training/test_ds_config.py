@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from gfrnn.config import BatchSettings, OptimizerSettings, RunSettings, Settings, UserError
+from gfrnn.config import BatchSettings, OptimizerSettings, RunSettings, Settings, UserError, preset
+from gfrnn.nn import GatedFeedbackRNN
 from gfrnn.training import ds_config
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
 
@@ -91,10 +92,27 @@ def test_neither_torch_nor_deepspeed_is_imported() -> None:
 # ---------------------------------------------------------------------------------------- what it is filled to
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_buckets_are_of_a_layer_where_the_file_is_silent(stage: int) -> None:
+    zero = resolve({"zero_optimization": {"stage": stage}}, settings=preset("gf-lstm-5x700"))["zero_optimization"]
+    model = GatedFeedbackRNN(256, 700, 5, input_skips=True, device="meta")
+    layer = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_l1"))
+    if stage:
+        assert 0.95 * layer < zero["reduce_bucket_size"] < 1.05 * layer
+        assert zero["overlap_comm"] is True
+    else:
+        assert "reduce_bucket_size" not in zero
+
+
 def test_settings_own_sizes_and_clipping() -> None:
     config = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}, "communication_data_type": "bf16"}
     assert resolve(config) == {
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000, "memory_efficient_linear": False},
+        "zero_optimization": {
+            "stage": 1,
+            "reduce_bucket_size": 1000,
+            "overlap_comm": True,
+            "memory_efficient_linear": False,
+        },
         "communication_data_type": "bf16",
         "train_micro_batch_size_per_gpu": 2,  # 10 rows, 3 processes: 4 each, 2 micro-batches
         "gradient_accumulation_steps": 2,

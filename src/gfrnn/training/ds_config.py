@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gfrnn.config import Settings, UserError
+from gfrnn.config import Settings, UserError, sizes
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -125,6 +125,7 @@ _NOT_SUPPORTED = {
     "zero_optimization.cpu_offload_use_pin_memory": 'it is written "offload_optimizer": {"pin_memory": true}',
 }
 
+_SMALLEST_BUCKET = 2**19  # elements: 2 MiB
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines: never
 
 
@@ -200,6 +201,9 @@ class _Resolver:
         if stage >= 2 and (resolved.get("gradient_predivide_factor", 1.0) != 1.0 or resolved.get("prescale_gradients")):
             self.refuse(f"gradient_predivide_factor and prescale_gradients do not go with stage {stage}; remove them")
         zero["memory_efficient_linear"] = False  # true replaces torch's F.linear for the whole process
+        if stage:  # a layer's gradients are reduced while the next layer's are computed
+            zero.setdefault("reduce_bucket_size", self.layer_size)
+            zero.setdefault("overlap_comm", True)
         return resolved | {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.settings.batch.accumulation,
@@ -214,6 +218,11 @@ class _Resolver:
         """Rows a process reads at once."""
         batch = self.settings.batch
         return math.ceil(math.ceil(batch.rows / self.world_size) / batch.accumulation)
+
+    @property
+    def layer_size(self) -> int:
+        """Elements of about a layer's gradients, not so few that messages are all latency."""
+        return max(_SMALLEST_BUCKET, sizes(self.settings.model).recurrent // self.settings.model.num_layers)
 
     def names(self, path: str, section: Any, known: Iterable[str]) -> None:
         """Refuse names that DeepSpeed does not have; the section itself may be missing."""
