@@ -8,7 +8,7 @@ import torch
 from gfrnn.nn import products
 from gfrnn.nn.products import packed, product, product_transposed
 
-SIZES = [(1, 1, 1), (2, 3, 1), (33, 17, 5), (64, 7, 64), (130, 257, 31), (700, 96, 3)]  # M, K, N
+SIZES = [(1, 1, 1), (2, 3, 1), (33, 17, 5), (64, 7, 64), (130, 257, 31), (700, 96, 3), (1100, 64, 64)]  # M, K, N
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -28,12 +28,18 @@ def _by_onednn(a: Tensor) -> bool:
     return _MKLDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu"
 
 
+def _small(left_MK: Tensor, right_KN: Tensor) -> bool:
+    """Whether a call of oneDNN, 20 us, costs more than it saves; between 1 and 16 columns `mm` is slow at any size."""
+    N, size = right_KN.shape[1], left_MK.numel()
+    return size < 2**20 if N == 1 else N >= 16 and size * N < 2**22
+
+
 def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype, add_MN: Tensor | None = None) -> Tensor:
     """left @ right (+ add), as a new tensor of `dtype`. left and right are contiguous and may be of a narrower dtype.
 
     Products accumulate in fp32 everywhere; of narrow operands the CPU rounds the result once, at the end.
     """
-    if _by_onednn(left_MK):
+    if _by_onednn(left_MK) and not _small(left_MK, right_KN):
         if add_MN is None:
             out: Tensor = _MKLDNN._linear_pointwise(left_MK, right_KN.t(), None, "none", [], "")
         else:
