@@ -4,8 +4,8 @@
     python benchmarks/overlap.py --rate 0                                        # this machine's loopback, no root
     python benchmarks/overlap.py --engine deepspeed --stage 2
 
-"apart": a node of the graph for each layer, as gfrnn.nn has it. "together": as one node for all would have it, none of
-the same gradients is there before all are. In one run, alternating, the same bytes in the same messages. The engine is
+"apart": a node of the graph for each layer, as gfrnn.nn has it. "together": the same gradients, handed on when the last
+is made, as from one node for all. In one run, alternating, the same bytes in the same messages. The engine is
 torch's DDP, whose gloo runs beside the computation; DeepSpeed's calls wait for gloo, and overlap on CUDA streams alone:
 with it this shows when each reduction is asked for. A step is forward and backward, reductions included.
 """
@@ -229,15 +229,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             environment = os.environ | {name: str(value) for name, value in (where | names).items()}
             command = [*prefix, sys.executable, *sys.argv, "--work"]
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        out = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit("a process failed")
-    found: dict[str, Any] = json.loads(out[0].splitlines()[-1])
+        try:
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() for process in processes):
+                    raise SystemExit("a process failed")  # the other would wait for it
+                time.sleep(0.2)
+        finally:
+            for process in processes:
+                process.kill()
+        assert processes[0].stdout is not None
+        found: dict[str, Any] = json.loads(processes[0].stdout.read().splitlines()[-1])
     return found
 
 
 def summarize(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By mode: seconds of a step, and of reductions that nothing else was done beside."""
+    """By mode: the median step and its spread; of the fastest step, when reductions begin, when the last layer's
+    gradients are made, and how long reductions take after that."""
     results = {}
     for mode, seconds in found["seconds"].items():
         spans = found["spans"][mode]
@@ -312,7 +319,8 @@ def main() -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if args.json is not None:
         about = {
-            name: getattr(args, name) for name in ("preset", "rows", "steps", "repeats", "threads", "rate", "engine")
+            name: getattr(args, name)
+            for name in ("preset", "rows", "steps", "repeats", "threads", "rate", "engine", "stage")
         }
         about |= {"versions": versions(), "date": time.strftime("%Y-%m-%d")}
         args.json.write_text(json.dumps({"about": about, "results": results, **found}, indent=1) + "\n")

@@ -187,25 +187,40 @@ def test_recomputed_steps_have_the_same_gradients(unit, symbols, recompute):
 
 
 @pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("frozen", [None, "l1"])
 @pytest.mark.parametrize("feedback", FEEDBACK)
-def test_gradients_of_some_and_twice(feedback, recompute):
+def test_gradients_of_some_and_twice(feedback, frozen, recompute):
     """A retained graph, frozen layers, gradients of a few parameters: as autograd's own of the plain loop."""
     rnn = make("gru", feedback, "all", "input_skips", layer_norm=True, recompute=recompute)
     x = torch.randn(5, 2, 3, dtype=torch.float64)
     named = dict(rnn.named_parameters())
     for name, p in named.items():
-        p.requires_grad_(not name.endswith("l1"))
+        p.requires_grad_(frozen is None or not name.endswith(frozen))
     asked = [p for p in named.values() if p.requires_grad]
-    for some in (asked, asked[:1], [named["weight_hu_l2"], named["bias_l0"]]):
+    for some in (asked, asked[:1], [named["weight_hu_l2"], named["bias_l0"]], [named["bias_l2"]]):
         loss = rnn(x)[0].square().sum()
         first = torch.autograd.grad(loss, some, retain_graph=True)
-        again = torch.autograd.grad(loss, some)
+        again = torch.autograd.grad(loss, some, retain_graph=True)
+        torch.autograd.grad(loss, asked[-1:], retain_graph=True)
+        whole = torch.autograd.grad(loss, asked)
         rnn.reference = True
         wanted = torch.autograd.grad(rnn(x)[0].square().sum(), some)
         rnn.reference = False
         for one, two, want in zip(first, again, wanted, strict=True):
             torch.testing.assert_close(one, want, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(two, want, rtol=1e-10, atol=1e-10)
+        found = {id(p): gradient for p, gradient in zip(asked, whole, strict=True)}
+        for p, want in zip(some, wanted, strict=True):
+            torch.testing.assert_close(found[id(p)], want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_start_that_is_changed_before_backward_is_refused():
+    rnn = make("lstm", "gated", "all", "plain", recompute=2)
+    h, c = (torch.zeros(3, 2, 4, dtype=torch.float64) for _ in range(2))
+    y, _ = rnn(torch.randn(5, 2, 3, dtype=torch.float64), (h, c))
+    h.fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("recompute", [0, 2])

@@ -1,4 +1,4 @@
-"""The same steps as recurrence.py where the pointwise work is in kernels.py: on CUDA, small enough to be a CUDA graph.
+"""The same steps as steps.py where the pointwise work is in kernels.py: on CUDA, small enough to be a CUDA graph.
 
 A step is one product for all that reads every layer at t - 1 as it is and one (of batches) for all that reads its own
 layer; then, a layer, the product with the layer below, the gates, the candidate's product with what they let through,
@@ -251,13 +251,17 @@ class FusedSteps:
                 # not in place: a step's top layer sets what the layers under it have yet to read
                 d_gated_LHB, next_gated_LHB = next_gated_LHB, d_gated_LHB
         parts = [part for part in (d_all_LHB, d_own_LHB, d_gated_LHB, d_through_LHB) if part is not None]
-        before_LHTB = trace.before_LHTB
+        before_LHTB, below_LHTB = trace.before_LHTB, trace.below_LHTB
 
         def what_it_read(j: int) -> Tensor:
-            return before_LHTB[j - 1, :, 1:] if trace.below_LHTB is None else trace.below_LHTB[j - 1]
+            return before_LHTB[j - 1, :, 1:] if below_LHTB is None else below_LHTB[j - 1]
 
         g_LLTB = trace.g_TLLB.permute(1, 2, 0, 3) if trace.g_TLLB is not None else None
-        slopes = Slopes(d_LKTB, d_candidate_LHTB, before_LHTB[:, :, :-1], what_it_read, g_LLTB)
+        bias_LK = kernels.row_sums(d_LKTB.view(L * K, T * B)).view(L, K)
+        hidden_bias_LH = (
+            bias_LK[:, :H] if d_s_LHTB is None else kernels.row_sums(d_s_LHTB.view(L * H, T * B)).view(L, H)
+        )
+        slopes = Slopes(d_LKTB, d_candidate_LHTB, bias_LK, hidden_bias_LH, before_LHTB[:, :, :-1], what_it_read, g_LLTB)
         return slopes, torch.stack(parts).sum(0), d_c_LHB
 
 

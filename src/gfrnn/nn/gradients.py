@@ -26,6 +26,10 @@ class Slopes(NamedTuple):
     """Of the pre-activations, before normalisation."""
     d_s_LHTB: Tensor
     """Of the candidates' recurrent sums."""
+    bias_LK: Tensor
+    """The former summed over steps and rows."""
+    hidden_bias_LH: Tensor
+    """The latter."""
     before_LHTB: Tensor
     """h before each step."""
     below: Callable[[int], Tensor]
@@ -44,12 +48,14 @@ class NormGradients:
         self.cell_gain, self.cell_bias = _zeros(w.cell_gain), _zeros(w.cell_bias)
 
     def add(self, rows: slice, d_GHB: Tensor, normal_GHB: Tensor) -> None:
+        """A step's, of some rows of pre-activations: from the gradient after normalisation, and the normalised."""
         assert self.bias is not None
         assert self.gain is not None
         self.bias[rows] += d_GHB.sum(-1).flatten()
         self.gain[rows] += (d_GHB * normal_GHB).sum(-1).flatten()
 
     def add_cell(self, d_HB: Tensor, normal_HB: Tensor) -> None:
+        """Likewise, of the cell."""
         assert self.cell_bias is not None
         assert self.cell_gain is not None
         self.cell_bias += d_HB.sum(-1)
@@ -63,15 +69,16 @@ def _zeros(like: Tensor | None) -> Tensor | None:
 class WeightGradients:
     """Of all layers: `start`; `add` what steps leave, and `make` it before more is added; `take` each layer's."""
 
-    def __init__(self, plan: Plan, weights: list[LayerWeights]):
-        self.plan, self.weights = plan, weights
-        self.products: _Products | None = None
+    def __init__(self, plan: Plan):
+        self.plan = plan
 
-    def start(self, layers: set[int]) -> None:
-        """For one pass of backward, in which these layers will be asked for."""
-        self.left = layers
+    def start(self, weights: list[LayerWeights], layers: set[int]) -> None:
+        """For one pass of backward, in which these layers may be asked for. What an earlier pass left is dropped."""
+        self.weights, self.left = weights, layers
+        self.norms = [NormGradients(w) for w in weights]
+        """To which whoever runs steps back adds."""
         self.sums: dict[int, LayerWeights] = {}
-        self.norms = [NormGradients(w) for w in self.weights]
+        self.products: _Products | None = None
 
     def add(self, slopes: Slopes) -> None:
         if self.left:
@@ -90,7 +97,7 @@ class WeightGradients:
         found, norm = self.products.layer(j, self.weights[j], self.sums.pop(j, None)), self.norms[j]
         self.left.discard(j)
         if not self.left:
-            self.products = None
+            self.products, self.weights = None, []
         bias = found.bias
         if norm.bias is not None:  # the normalised rows' is added after that
             bias = torch.cat([norm.bias, bias[len(norm.bias) :]])
@@ -137,8 +144,8 @@ class _Products:
         candidate = product("candidate", d_s_HR.to(narrow), source_SR)
 
         gates = self.gates_LLS[j] if self.gates_LLS is not None else None
-        bias = d_KR.sum(1, dtype=self.dtype)
-        hidden_bias = d_s_HR.sum(1, dtype=self.dtype) if w.hidden_bias is not None else None
+        bias = slopes.bias_LK[j].clone()
+        hidden_bias = slopes.hidden_bias_LH[j].clone() if w.hidden_bias is not None else None
         if sums is not None:
             bias += sums.bias
             if gates is not None and sums.gates is not None:
@@ -154,7 +161,8 @@ class LayerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradients: WeightGradients, layer: int, *weights: Tensor | None) -> Tensor:
         ctx.gradients, ctx.layer = gradients, layer
-        return gradients.weights[layer].bias.new_zeros(())  # where the weights are: that decides where backward runs
+        bias = LayerWeights(*weights).bias  # type: ignore[arg-type]
+        return bias.new_zeros(())  # where the weights are: that decides where backward runs
 
     @staticmethod
     @once_differentiable
@@ -163,5 +171,5 @@ class LayerToken(torch.autograd.Function):
 
 
 def _columns(x: Tensor, dtype: torch.dtype, rows: int = -1) -> Tensor:
-    """[.., T, B] as a contiguous [rows, R] of `dtype`."""
+    """[.., T, B] as [rows, R] of `dtype`, its columns next to one another."""
     return x.to(dtype).reshape(rows, x.shape[-2] * x.shape[-1])

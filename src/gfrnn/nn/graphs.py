@@ -1,16 +1,19 @@
 """The fused steps as CUDA graphs: one launch for all kernels of many steps, forward and back.
 
 A graph reads and writes memory of its own: a call copies into it what it is given (weights too, in the products' type,
-so that graphs know nothing of where a parameter lies), and nobody else may use the graph until the call's last gradient
-is made. A second call before that gets other memory.
+so that graphs know nothing of where a parameter lies), and no other call gets it until the last gradient of this one is
+made. A shape is captured when it comes the second time.
 
 Legend: as in steps.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +24,8 @@ from gfrnn.nn.gradients import Slopes
 from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.plan import LayerWeights, Plan
 
-_MOST = 16  # graphs of one memory: shapes that a module is called with
+_MOST = 8  # graphs of one memory: shapes that a module is called with, each as large as what backward needs
+_CAPTURING = threading.Lock()
 Found = TypeVar("Found")
 
 
@@ -30,9 +34,6 @@ class Graphs:
 
     def __init__(self) -> None:
         self.free: dict[Any, list[_Memory]] = {}
-
-    def __deepcopy__(self, memo: Any) -> Graphs:
-        return Graphs()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
@@ -46,12 +47,21 @@ class Graphs:
         self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype, *, backward: bool
     ) -> CapturedSteps:
         """What runs one call with these weights. backward: whether it will be asked for."""
-        plan = dataclasses.replace(plan, recompute=0)
-        key = (plan, dtype, weights[0].bias.device)
-        free = self.free.setdefault(key, [])
-        memory = free.pop() if free else _Memory(plan, weights, dtype)
-        memory.left.load(weights)
+        plan, device = dataclasses.replace(plan, recompute=0), weights[0].bias.device
+        # what one stream frees another may not use before the first has come to that point: each has its own
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        free = self.free.setdefault((plan, dtype, device, stream), [])
+        with _ordinary():
+            memory = free.pop() if free else _Memory(plan, weights, dtype)
+            memory.left.load(weights)
         return CapturedSteps(memory, free, mask_LHB, backward=backward)
+
+
+@contextlib.contextmanager
+def _ordinary() -> Iterator[None]:
+    """Tensors of inference mode could not be written to outside of it."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
 
 
 class _Memory:
@@ -60,16 +70,21 @@ class _Memory:
     def __init__(self, plan: Plan, weights: list[LayerWeights], dtype: torch.dtype):
         self.plan, self.dtype = plan, dtype
         self.left = Left(plan, weights, plan.compute_dtype or dtype)
-        self.graphs: dict[Any, _Graph] = {}
+        self.graphs: dict[Any, _Graph | None] = {}
+        """By shape, from the one whose use is longest ago; None of one that was seen once."""
 
-    def graph(self, x: InputPart, steps: range, h_LHB: Tensor, mask_LHB: Tensor | None) -> _Graph:
-        """For so many steps of such input."""
-        key = (len(steps), h_LHB.shape, x.columns.shape[1], x.symbols_TB is None, x.scale_TB is None, mask_LHB is None)
-        if key not in self.graphs:
-            if len(self.graphs) == _MOST:
-                del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = _Graph(self, x, len(steps), h_LHB, mask_LHB)
-        return self.graphs[key]
+    def graph(self, x: InputPart, steps: range, h_LHB: Tensor, mask_LHB: Tensor | None) -> _Graph | None:
+        """For so many steps of such input; None the first time: it may be the last."""
+        symbols = x.columns.shape[1] if x.symbols_TB is not None else None
+        key = (len(steps), h_LHB.shape, symbols, x.scale_TB is None, mask_LHB is None)
+        seen = key in self.graphs
+        graph = self.graphs.pop(key, None)
+        if seen and graph is None:
+            graph = _Graph(self, x, len(steps), h_LHB, mask_LHB)
+        self.graphs[key] = graph
+        while sum(kept is not None for kept in self.graphs.values()) > _MOST:
+            del self.graphs[next(key for key, kept in self.graphs.items() if kept is not None)]
+        return graph
 
 
 class CapturedSteps:
@@ -77,22 +92,28 @@ class CapturedSteps:
 
     def __init__(self, memory: _Memory, free: list[_Memory], mask_LHB: Tensor | None, *, backward: bool):
         self.memory, self.free, self.mask_LHB, self.needs_backward = memory, free, mask_LHB, backward
+        self.launched = FusedSteps(memory.plan, memory.left, mask_LHB, memory.dtype)
 
     def __del__(self) -> None:
         self.free.append(self.memory)
 
-    def forward(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> CapturedTrace:
+    def forward(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> CapturedTrace | FusedTrace:
         """As Steps.forward. The trace is valid until the next."""
-        graph = self.memory.graph(x, steps, h_LHB, self.mask_LHB)
-        if self.needs_backward:
-            graph.capture_backward()
-        graph.forward(x, steps, h_LHB, c_LHB, self.mask_LHB)
-        return CapturedTrace(steps, graph.trace.hs_TLHB, graph.trace.cs_TLHB, graph)
+        with _ordinary():
+            graph = self.memory.graph(x, steps, h_LHB, self.mask_LHB)
+            if graph is None:
+                return self.launched.forward(x, steps, h_LHB, c_LHB)
+            if self.needs_backward:  # now: little else lies in memory yet
+                graph.capture_backward()
+            graph.forward(x, steps, h_LHB, c_LHB, self.mask_LHB)
+            return CapturedTrace(steps, graph.trace.hs_TLHB, graph.trace.cs_TLHB, graph)
 
     def backward(
-        self, trace: CapturedTrace, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor, _: object = None
+        self, trace: CapturedTrace | FusedTrace, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor, _: object = None
     ) -> tuple[Slopes, Tensor, Tensor]:
         """As Steps.backward. The slopes are valid until the next."""
+        if isinstance(trace, FusedTrace):
+            return self.launched.backward(trace, d_y_TBY, d_h_LHB, d_c_LHB)
         slopes, d_h_LHB, d_c_LHB = trace.graph.backward(d_y_TBY, d_h_LHB, d_c_LHB)
         return slopes._replace(owner=self), d_h_LHB.clone(), d_c_LHB.clone()
 
@@ -120,17 +141,20 @@ class _Graph:
         )
         self.h_LHB, self.c_LHB = new(L, H, B), new(L, H, B) if plan.has_cell else None
         self.mask_LHB = torch.zeros_like(mask_LHB) if mask_LHB is not None else None
-        self.d_y_TBY = new(T, B, H * (L if plan.output_skips else 1))
-        self.d_h_LHB, self.d_c_LHB = new(L, H, B), new(L, H, B)
         self.runner = FusedSteps(plan, memory.left, self.mask_LHB, memory.dtype)
-        self.trace, self.replay_forward = capture(lambda: self.runner.forward(self.x, range(T), self.h_LHB, self.c_LHB))
+        self.trace, self.replay_forward = capture(
+            lambda: self.runner.forward(self.x, range(T), self.h_LHB, self.c_LHB), h_LHB.device
+        )
         self.found: tuple[Slopes, Tensor, Tensor] | None = None
 
     def capture_backward(self) -> None:
-        """Unless it is."""
+        """At its first use."""
         if self.found is None:
+            plan, (L, H, B), T = self.runner.plan, self.h_LHB.shape, self.x.sizes[0]
+            self.d_y_TBY = self.h_LHB.new_zeros(T, B, H * (L if plan.output_skips else 1))
+            self.d_h_LHB, self.d_c_LHB = torch.zeros_like(self.h_LHB), torch.zeros_like(self.h_LHB)
             self.found, self.replay_backward = capture(
-                lambda: self.runner.backward(self.trace, self.d_y_TBY, self.d_h_LHB, self.d_c_LHB)
+                lambda: self.runner.backward(self.trace, self.d_y_TBY, self.d_h_LHB, self.d_c_LHB), self.h_LHB.device
             )
 
     def forward(
@@ -162,14 +186,21 @@ class _Graph:
         return self.found
 
 
-def capture(function: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
+def capture(function: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
     """What `function` returns, and a call that computes it again, in the same memory from the same memory."""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        function()  # what is compiled and loaded at its first use cannot be captured
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the device meanwhile
-        found = function()
+    with _CAPTURING, torch.cuda.device(device):  # a process may do it once at a time
+        here, aside = torch.cuda.current_stream(), _aside(device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            function()  # what is compiled and loaded at its first use cannot be captured
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):  # others may use the device
+            found = function()
     return found, graph.replay
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs of a device are captured."""
+    return torch.cuda.Stream(device)

@@ -14,6 +14,8 @@ from torch import Tensor
 from gfrnn.nn.noise import PLACE_INPUT, Noise
 from gfrnn.nn.products import product_transposed
 
+_MOST_SYMBOLS = 4096  # of which one-hot columns are not too many
+
 
 class InputPart(NamedTuple):
     """[N, T, B]: `columns` itself, or (of symbols) scale[t, b] * column symbols[t, b] of it.
@@ -53,20 +55,21 @@ class InputPart(NamedTuple):
         some = slice(steps.start, steps.stop)
         if self.symbols_TB is None:
             d_columns[:, some] = d_NTB
-        elif d_NTB.is_cuda:  # a product: sums of a look-up's columns wait for one another there, in any order
+            return
+        if self.scale_TB is not None:
+            d_NTB = torch.mul(d_NTB, self.scale_TB[some], out=torch.empty_like(d_NTB))
+        if d_NTB.is_cuda and len(d_columns[0]) <= _MOST_SYMBOLS:
+            # a product with one-hot columns: in sums by index threads wait for one another, and come in any order
             d_columns += product_transposed(d_NTB.flatten(1), self.one_hot(some, d_NTB.dtype), d_columns.dtype)
         else:
-            if self.scale_TB is not None:
-                d_NTB = d_NTB * self.scale_TB[some]
             d_columns.index_add_(1, self.symbols_TB[some].flatten(), d_NTB.flatten(1).to(d_columns.dtype))
 
     def one_hot(self, some: slice, dtype: torch.dtype) -> Tensor:
-        """[I, R] scale[r] where row i is symbols[r], else 0: columns @ it is `some` steps' input."""
+        """[I, R] 1 where row i is symbols[r], else 0: columns @ it is `some` steps' input, not scaled."""
         assert self.symbols_TB is not None
         symbols_R = self.symbols_TB[some].flatten()
-        scale_R = torch.ones_like(symbols_R, dtype=dtype) if self.scale_TB is None else self.scale_TB[some].flatten()
-        one_hot_IR = scale_R.new_zeros(self.columns.shape[1], len(symbols_R), dtype=dtype)
-        return one_hot_IR.scatter_(0, symbols_R.unsqueeze(0), scale_R.to(dtype).unsqueeze(0))
+        one_hot_IR = self.columns.new_zeros(self.columns.shape[1], len(symbols_R), dtype=dtype)
+        return one_hot_IR.scatter_(0, symbols_R.unsqueeze(0), 1)
 
 
 def read_input(

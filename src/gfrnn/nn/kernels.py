@@ -19,9 +19,9 @@ matrix, R columns of any; Y rows of the output, H or L * H. t is a step within t
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,7 +56,8 @@ class Rows(NamedTuple):
 
 # Triton, late ---------------------------------------------------------------------------------------------------
 
-_FUNCTIONS: list[str] = []
+_FUNCTIONS: list[str] = []  # that are not triton's yet
+_LOADING = threading.Lock()
 _SEPARATE = ("t", "x_t", "j", "first", "second", "copy_first", "copy_second")  # numbers for which no code of their own
 
 
@@ -66,17 +67,19 @@ def _jit(function: Callable[..., Any]) -> Any:
     return function
 
 
-@functools.cache
 def _load() -> Any:
     """The module triton, once all of this module's kernels are its own."""
     import triton
     import triton.language
 
     module = globals()
-    module["tl"] = triton.language
-    for name in _FUNCTIONS:
-        known = module[name].__code__.co_varnames[: module[name].__code__.co_argcount]
-        module[name] = triton.jit(module[name], do_not_specialize=[n for n in _SEPARATE if n in known])
+    with _LOADING:
+        while _FUNCTIONS:
+            module["tl"] = triton.language
+            name = _FUNCTIONS[-1]
+            known = module[name].__code__.co_varnames[: module[name].__code__.co_argcount]
+            module[name] = triton.jit(module[name], do_not_specialize=[n for n in _SEPARATE if n in known])
+            _FUNCTIONS.pop()
     return triton
 
 
@@ -119,7 +122,8 @@ def _outside(row, b, valid, j, x_t, bias_LK, columns, symbols_TB, scale_TB, belo
         else:
             here = b < B
             column = tl.load(symbols_TB + x_t * B + b, mask=here, other=0)
-            x = tl.load(x_row + column, mask=valid, other=0.0).to(tl.float32)
+            known = (column >= 0) & (column < X_ROW)  # others make it not a number, which nobody overlooks
+            x = tl.load(x_row + column, mask=valid & known, other=float("nan")).to(tl.float32)
             if scale_TB is not None:
                 x *= tl.load(scale_TB + x_t * B + b, mask=here, other=0.0).to(tl.float32)
             a += x

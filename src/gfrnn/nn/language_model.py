@@ -23,7 +23,7 @@ class LanguageModel(nn.Module):
     Args:
         settings: sizes and options.
         compute_dtype: of the operands of the recurrence's products; None: the parameters'.
-        recompute, cuda_graphs: GatedFeedbackRNN's; without effect on the multiplicative RNN.
+        recompute, cuda: GatedFeedbackRNN's; without effect on the multiplicative RNN.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class LanguageModel(nn.Module):
         *,
         compute_dtype: torch.dtype | None = None,
         recompute: int = 0,
-        cuda_graphs: bool = True,
+        cuda: str = "graphs",
     ):
         super().__init__()
         self.settings = settings
@@ -61,7 +61,7 @@ class LanguageModel(nn.Module):
                 layer_norm=settings.layer_norm,
                 hidden_bias=settings.hidden_bias,
                 recompute=recompute,
-                cuda_graphs=cuda_graphs,
+                cuda=cuda,
                 **options,
             )
             if settings.forget_bias:
@@ -90,10 +90,10 @@ class LanguageModel(nn.Module):
 
 
 def build_language_model(
-    settings: ModelSettings, dtype: str, seed: int, *, recompute: int = 0, cuda_graphs: bool = True
+    settings: ModelSettings, dtype: str, seed: int, *, recompute: int = 0, cuda: str = "graphs"
 ) -> LanguageModel:
     """A freshly initialised model; the same seed gives the same weights on every machine and process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         compute_dtype = torch.bfloat16 if dtype == "bf16" else None
-        return LanguageModel(settings, compute_dtype=compute_dtype, recompute=recompute, cuda_graphs=cuda_graphs)
+        return LanguageModel(settings, compute_dtype=compute_dtype, recompute=recompute, cuda=cuda)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.steps import Steps, passed_up
 
+_FIELDS = len(LayerWeights._fields)
 _WITHOUT_BACKWARD = 8  # steps between which all is freed
 
 
@@ -35,18 +37,20 @@ def recurrence(
     below_mask_LBH: Tensor | None,
     weights: list[LayerWeights],
     graphs: Graphs | None = None,
+    fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Same arguments, result and gradients as reference.recurrence_reference.
 
-    graphs: on CUDA, the caller's graphs of earlier calls.
+    On CUDA: graphs, the caller's, of earlier calls; fused, whether to run Triton's kernels where they know the plan.
     """
     if not torch.is_grad_enabled():  # there is no backward: keep nothing for long
         plan = dataclasses.replace(plan, recompute=_WITHOUT_BACKWARD)
-    gradients = WeightGradients(plan, weights)
+    gradients = WeightGradients(plan)
     token: Callable[..., Tensor] = LayerToken.apply
     tokens = [token(gradients, j, *layer) for j, layer in enumerate(weights)]
     run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
-    return run(plan, graphs, gradients, *x, h_BLH, c_BLH, below_mask_LBH, *tokens)
+    runner = partial(_runner, plan, graphs, fused)
+    return run(plan, runner, gradients, weights, *x, h_BLH, c_BLH, below_mask_LBH, *tokens)
 
 
 class Trace(Protocol):
@@ -72,14 +76,16 @@ class Runner(Protocol):
 def _runner(
     plan: Plan,
     graphs: Graphs | None,
+    fused: bool,
     weights: list[LayerWeights],
     mask_LHB: Tensor | None,
     dtype: torch.dtype,
     *,
     backward: bool,
 ) -> Runner:
+    """What runs one call's steps. backward: whether it will be asked to run them back."""
     device = weights[0].bias.device
-    if not kernels.usable(plan, device, dtype):
+    if not fused or not kernels.usable(plan, device, dtype):
         return Steps(plan, weights, mask_LHB, dtype)
     if graphs is None or not graphs.usable(device):
         return FusedSteps(plan, Left(plan, weights, plan.compute_dtype or dtype), mask_LHB, dtype)
@@ -87,14 +93,15 @@ def _runner(
 
 
 class Recurrence(torch.autograd.Function):
-    """See `recurrence`; the weights are in `gradients`, tokens stand for them in the graph."""
+    """See `recurrence`; tokens stand for the weights in the graph, and `gradients` makes theirs."""
 
     @staticmethod
     def forward(
         ctx: Any,
         plan: Plan,
-        graphs: Graphs | None,
+        make_runner: Callable[..., Runner],
         gradients: WeightGradients,
+        weights: list[LayerWeights],
         columns: Tensor,
         symbols_TB: Tensor | None,
         scale_TB: Tensor | None,
@@ -103,11 +110,10 @@ class Recurrence(torch.autograd.Function):
         mask_LBH: Tensor | None,
         *tokens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, weights = InputPart(columns, symbols_TB, scale_TB), gradients.weights
+        x = InputPart(columns, symbols_TB, scale_TB)
         T, B = x.sizes
         mask_LHB = mask_LBH.transpose(1, 2).contiguous() if mask_LBH is not None else None
-        backward = any(token.requires_grad for token in tokens)
-        runner = _runner(plan, graphs, weights, mask_LHB, columns.dtype, backward=backward)
+        runner = make_runner(weights, mask_LHB, columns.dtype, backward=any(ctx.needs_input_grad[-len(tokens) :]))
         h_LHB = h_BLH.permute(1, 2, 0)
         c_LHB = c_BLH.permute(1, 2, 0) if c_BLH is not None else None
         y_TBY = columns.new_empty(T, B, plan.hidden_size * (plan.num_layers if plan.output_skips else 1))
@@ -121,10 +127,10 @@ class Recurrence(torch.autograd.Function):
             y_TBY[begin : begin + at_once] = _output(plan, trace.hs_TLHB[1:]).transpose(1, 2)
             h_LHB = trace.hs_TLHB[-1].clone()  # not a view, which would keep all of the trace
             c_LHB = trace.cs_TLHB[-1].clone() if plan.has_cell else None
-        ctx.plan, ctx.graphs, ctx.gradients, ctx.mask_LHB = plan, graphs, gradients, mask_LHB
+        ctx.plan, ctx.make_runner, ctx.gradients, ctx.mask_LHB = plan, make_runner, gradients, mask_LHB
         ctx.starts, ctx.runner, ctx.trace = starts, runner, trace
-        # of the weights to know that nobody changes them
-        ctx.save_for_backward(*x, *(tensor for layer in weights for tensor in layer))
+        # the state, of which starts has views, to know that nobody changes it
+        ctx.save_for_backward(*x, h_BLH, c_BLH, *(tensor for layer in weights for tensor in layer))
         return (
             y_TBY,
             h_LHB.permute(2, 0, 1).contiguous(),
@@ -135,7 +141,9 @@ class Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y_TBY: Tensor, d_h_last_BLH: Tensor, d_c_last_BLH: Tensor | None) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
-        x = InputPart(*ctx.saved_tensors[:3])
+        columns, symbols_TB, scale_TB, _, _, *flat = ctx.saved_tensors
+        x = InputPart(columns, symbols_TB, scale_TB)
+        weights = [LayerWeights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
         T = x.sizes[0]
         d_h_LHB = d_h_last_BLH.permute(1, 2, 0).contiguous()
         d_c_LHB = torch.zeros_like(d_h_LHB)
@@ -144,12 +152,10 @@ class Recurrence(torch.autograd.Function):
         gradients: WeightGradients = ctx.gradients
         # taken, so that they are freed as they are used; a second backward of a retained graph computes the trace again
         trace: Trace | None = ctx.trace
-        runner: Runner = ctx.runner or _runner(
-            plan, ctx.graphs, gradients.weights, ctx.mask_LHB, x.columns.dtype, backward=True
-        )
+        runner: Runner = ctx.runner or ctx.make_runner(weights, ctx.mask_LHB, columns.dtype, backward=True)
         ctx.trace = ctx.runner = None
         tokens = ctx.needs_input_grad[-plan.num_layers :]
-        gradients.start({j for j, needed in enumerate(tokens) if needed})
+        gradients.start(weights, {j for j, needed in enumerate(tokens) if needed})
         d_columns = x.no_gradient()
         at_once = plan.recompute or T
         for begin in reversed(range(0, T, at_once)):
@@ -167,7 +173,7 @@ class Recurrence(torch.autograd.Function):
         d_c_BLH = d_c_LHB.permute(2, 0, 1) if plan.has_cell else None
         token = d_columns.new_zeros(())
         return (
-            *(None, None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None),
+            *(None, None, None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None),
             *(token for _ in tokens),
         )
 

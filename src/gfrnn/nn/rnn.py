@@ -62,7 +62,8 @@ class GatedFeedbackRNN(nn.Module):
         compute_dtype: of the operands of products (torch.bfloat16); None: the parameters'. All else keeps fp32.
         recompute: keep the state of every so many steps, and compute the rest again in backward: the same gradients in
             less memory and more time. 0 keeps all.
-        cuda_graphs: on CUDA, run many steps with one launch, in memory that is kept for the next call.
+        cuda: how steps run on CUDA: "graphs" of kernels, one launch for many steps, in memory that is kept for the next
+            call; "kernels", one launch each; "operators" of torch, as always with layer norm or without Triton.
         reference: run the plain loop instead of the fast path; same results, many times slower.
     """
 
@@ -87,13 +88,13 @@ class GatedFeedbackRNN(nn.Module):
         hidden_bias: bool = False,
         compute_dtype: torch.dtype | None = None,
         recompute: int = 0,
-        cuda_graphs: bool = True,
+        cuda: str = "graphs",
         reference: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check(unit, feedback, unit_gates, hidden_bias, input_size, hidden_size, num_layers)
+        _check(unit, feedback, unit_gates, cuda, hidden_bias, input_size, hidden_size, num_layers)
         for name, value in {
             "dropout": dropout,
             "input_dropout": input_dropout,
@@ -118,7 +119,7 @@ class GatedFeedbackRNN(nn.Module):
         self.batch_first, self.bias = batch_first, bias
         self.dropout, self.input_dropout, self.weight_dropout = dropout, input_dropout, weight_dropout
         self.reference = reference
-        self.graphs = Graphs() if cuda_graphs else None
+        self.graphs, self.fused = Graphs() if cuda == "graphs" else None, cuda != "operators"
 
         plan, L, H, K = self.plan, num_layers, hidden_size, self.plan.rows
         unit_gate_rows = plan.unit_rows - H
@@ -219,7 +220,7 @@ class GatedFeedbackRNN(nn.Module):
             masks = [noise.row_mask(PLACE_BELOW + j, self.hidden_size, self.dropout) for j in range(1, self.num_layers)]
             mask_LBH = torch.stack(masks).to(dtype)
 
-        run = recurrence_reference if self.reference else partial(recurrence, graphs=self.graphs)
+        run = recurrence_reference if self.reference else partial(recurrence, graphs=self.graphs, fused=self.fused)
         y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, weights)
         h_LBH = h_BLH.transpose(0, 1)
         c_LBH = c_next_BLH.transpose(0, 1) if c_next_BLH is not None else None
@@ -352,12 +353,20 @@ class GatedFeedbackRNN(nn.Module):
 
 
 def _check(
-    unit: str, feedback: str, unit_gates: str, hidden_bias: bool, input_size: int, hidden_size: int, num_layers: int
+    unit: str,
+    feedback: str,
+    unit_gates: str,
+    cuda: str,
+    hidden_bias: bool,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
 ) -> None:
     for name, value, allowed in (
         ("unit", unit, tuple(GATES)),
         ("feedback", feedback, ("gated", "full", "none")),
         ("unit_gates", unit_gates, ("all", "own")),
+        ("cuda", cuda, ("graphs", "kernels", "operators")),
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")

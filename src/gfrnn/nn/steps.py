@@ -158,11 +158,11 @@ class Steps:
 
                 h_next = hs_TLHB[t + 1, j]
                 if u_UHB is not None:
-                    _squash(u_UHB, slice(H, GH), w, now, "unit")
+                    _normalize(u_UHB, slice(H, GH), w, now, "unit")
                 if s_HB is not None:
                     assert u_UHB is not None
                     units.gru_gates_forward(n_HB, u_UHB, s_HB)
-                _squash(n_HB.unsqueeze(0), slice(0, H), w, now, "candidate")
+                _normalize(n_HB.unsqueeze(0), slice(0, H), w, now, "candidate")
                 if plan.unit == "tanh":
                     torch.tanh(n_HB, out=h_next)
                 elif u_UHB is not None and s_HB is not None:
@@ -221,13 +221,13 @@ class Steps:
                 elif u_UHB is not None:
                     d_cell = _cell_backward(w, now, u_UHB[2], cs_TLHB[t + 1, j], d_h, d_GHB[3], norms[j])
                     d_c_LHB[j] = units.lstm_gates_backward(d_c_LHB[j] + d_cell, n_HB, u_UHB, cs_TLHB[t, j], d_GHB)
-                _squash_backward(d_GHB[:1], slice(0, H), w, now, "candidate", norms[j])
+                _normalize_backward(d_GHB[:1], slice(0, H), w, now, "candidate", norms[j])
                 d_s_HB = d_GHB[0]
                 if u_UHB is not None:
                     if s_HB is not None:
                         d_s_HB = units.gru_gates_backward(d_GHB[0], u_UHB, s_HB, d_GHB)
                         d_s_LHTB[j, :, t] = d_s_HB
-                    _squash_backward(d_GHB[1:], slice(H, GH), w, now, "unit", norms[j])
+                    _normalize_backward(d_GHB[1:], slice(H, GH), w, now, "unit", norms[j])
 
                 candidate, unit, below = left.candidate[j], left.unit[j], left.below[j]
                 assert candidate is not None
@@ -266,7 +266,8 @@ class Steps:
             y_HTB = passed_TLHB[:, j - 1].transpose(0, 1)
             return y_HTB if mask_LHB is None else y_HTB * mask_LHB[j - 1].unsqueeze(1)
 
-        return Slopes(d_LKTB, d_s_LHTB, hs_TLHB[:-1].permute(1, 2, 0, 3), what_it_read, g_LLTB), d_h_LHB, d_c_LHB
+        sums = d_LKTB.sum((2, 3)), d_s_LHTB.sum((2, 3))
+        return Slopes(d_LKTB, d_s_LHTB, *sums, hs_TLHB[:-1].permute(1, 2, 0, 3), what_it_read, g_LLTB), d_h_LHB, d_c_LHB
 
 
 def _sum(left: Tensor, right_KB: Tensor, add_LHB: Tensor) -> Tensor:
@@ -278,23 +279,20 @@ def _cell_backward(
     w: LayerWeights, now: _Kept, o_HB: Tensor, c_HB: Tensor, d_h_HB: Tensor, d_o_HB: Tensor, gradients: NormGradients
 ) -> Tensor:
     """From the gradient of h = o * tanh(cell): that of o's pre-activation into d_o. Returns that of c through h."""
-    normed = w.cell_gain is not None and w.cell_bias is not None
     if w.cell_gain is not None and w.cell_bias is not None:
         normal, rstd = now.norms["cell"]
-        tanh_c = torch.tanh(torch.addcmul(w.cell_bias.unsqueeze(1), normal, w.cell_gain.unsqueeze(1)))
-    else:
-        tanh_c = torch.tanh(c_HB)
+        c_HB = torch.addcmul(w.cell_bias.unsqueeze(1), normal, w.cell_gain.unsqueeze(1))
+    tanh_c = torch.tanh(c_HB)
     units.sigmoid_backward(d_h_HB * tanh_c, o_HB, grad_input=d_o_HB)
     d_cell = d_h_HB * o_HB
     units.tanh_backward(d_cell, tanh_c, grad_input=d_cell)
-    if not normed:
+    if w.cell_gain is None:
         return d_cell
     gradients.add_cell(d_cell, normal)
-    assert w.cell_gain is not None
     return units.norm_backward(d_cell * w.cell_gain.unsqueeze(1), normal, rstd)
 
 
-def _squash(a_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str) -> None:
+def _normalize(a_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str) -> None:
     """Normalises over H (if the plan does), keeps what backward needs, adds the bias; in place."""
     if w.gain is None:
         return
@@ -303,10 +301,10 @@ def _squash(a_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str) 
     torch.addcmul(w.bias[rows].view(shape), now.norms[name][0], w.gain[rows].view(shape), out=a_GHB)
 
 
-def _squash_backward(
+def _normalize_backward(
     d_GHB: Tensor, rows: slice, w: LayerWeights, now: _Kept, name: str, gradients: NormGradients
 ) -> None:
-    """Turns the gradient after _squash into the one before it, in place."""
+    """Turns the gradient after _normalize into the one before it, in place."""
     if w.gain is None:
         return
     normal, rstd = now.norms[name]

@@ -12,6 +12,7 @@ import time
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch._dynamo  # torch.optim imports it at its first use: here, so that it does not count as the run's memory
 import torch.distributed as dist
 from torch.profiler import record_function
 
@@ -36,6 +37,7 @@ from gfrnn.training.ds_config import stage_of
 from gfrnn.training.engine import build_optimizer, initialize
 from gfrnn.training.evaluation import score
 from gfrnn.training.flops import gemm_peak
+from gfrnn.training.memory import peak_resident, resident
 from gfrnn.training.objective import SegmentLoss
 from gfrnn.training.profiling import UpdateProfiler
 from gfrnn.training.progress import TrainingProgress
@@ -69,6 +71,7 @@ class Trainer:
 
     def __init__(self, settings: Settings, ds_config: dict[str, Any], run: RunFolder, text: Text, device: torch.device):
         self.settings, self.run, self.text, self.device = settings, run, text, device
+        self.resident_before = resident()
         self.rank, self.world_size, self.stage = dist.get_rank(), dist.get_world_size(), stage_of(ds_config)
         batch, optimization = settings.batch, settings.optimization
         self.streams = Streams(
@@ -88,9 +91,13 @@ class Trainer:
         latest = find_checkpoint(settings.start_from) if own is None and settings.start_from is not None else own
         gathered = self.stage == 3  # weights are whole for the time of a call: graphs would keep them whole
         if gathered and device.type == "cuda":
-            cli.say("note: at ZeRO stage 3 the recurrence runs without CUDA graphs, one kernel after another")
+            cli.say("note: at ZeRO stage 3 training runs without CUDA graphs, one kernel after another")
         model = build_language_model(
-            settings.model, batch.dtype, settings.seed, recompute=batch.recompute, cuda_graphs=not gathered
+            settings.model,
+            batch.dtype,
+            settings.seed,
+            recompute=batch.recompute,
+            cuda="kernels" if gathered else "graphs",
         )
         saved = None
         if latest is not None:
@@ -369,6 +376,12 @@ class Trainer:
             "finished", test_bpc=test_bpc, sample=sample.decode("utf-8", "replace"), checkpoint=str(best)
         )
 
+    def _peak_memory(self) -> int:
+        """Bytes that training took in this process at most: CUDA's tensors, or what is resident but the imports."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return peak_resident() - self.resident_before
+
     def _summarize(self, status: str, **figures: Any) -> dict[str, Any]:
         position = self.position
         summary = {
@@ -384,6 +397,7 @@ class Trainer:
             "wall_clock_s": self._wall_clock(),
             "world_size": self.world_size,
             "zero_stage": self.stage,
+            "peak_memory_bytes": self._peak_memory(),
             **figures,
         }
         if self.rank == 0:

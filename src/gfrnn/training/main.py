@@ -25,6 +25,7 @@ from gfrnn.config import (
 from gfrnn.runs import RunFolder
 from gfrnn.training import stopping  # early: it looks who started this process
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
+from gfrnn.training.memory import estimate
 
 
 def main() -> None:
@@ -186,6 +187,11 @@ def print_settings(settings: Settings, ds_config: dict[str, Any], world_size: in
     print(f"FLOP a character           {count.train_flops:,} to train")
     print(f"processes                  {world_size}, ZeRO stage {stage_of(ds_config)}")
     print(f"DeepSpeed config           {json.dumps(ds_config)}")
+    memory = estimate(settings, ds_config, world_size)
+    how = f"ZeRO stage {stage_of(ds_config)}, W = {world_size}, --recompute {settings.batch.recompute}"
+    print(f"memory of a process        {how}; fullest at: {memory.moment}")
+    for part, size in {**memory.parts, "total": memory.total}.items():
+        print(f"    {part:22} {size / 1e6:9,.0f} MB")
 
 
 def _preset_name(argv: Sequence[str]) -> str:
