@@ -205,10 +205,10 @@ def plot(results: dict[str, dict[str, Any]], peaks: dict[str, float], title: str
     values = [results[name]["flops"] / 1e9 for name in names]
     ours = [not name.startswith(("torch", "loop", "flashrnn")) for name in names]
     bars = axes.barh(names, values, color=["#2f6fb0" if own else "#9aa5b1" for own in ours])
-    axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=-34, color="white")
     for dtype, peak in peaks.items():
         axes.axvline(peak / 1e9, color="#444", linestyle="--", linewidth=1)
-        axes.text(peak / 1e9, len(names) - 0.45, f"{dtype} GEMM", ha="center", va="bottom", fontsize=8, color="#444")
+        axes.text(peak / 1e9, len(names) - 0.45, f"{dtype} GEMM ", ha="right", va="bottom", fontsize=8, color="#444")
     axes.set_xlabel("GFLOP/s of forward and backward")
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
