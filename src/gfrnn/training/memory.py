@@ -1,12 +1,16 @@
 """The memory that training will take, by formula: what --dry-run prints before torch is loaded.
 
-It is the first process's, on a CPU, where the C library keeps what is freed for what comes next
-(cli.keep_freed_memory). So what counts besides what is live is what finds no room in what was freed before it:
-- small tensors leave no room for large ones (things that stay lie between them), only for a parameter's gradient;
-- DeepSpeed's flat tensors, as large as all parameters or a process's share of them, grow the heap once each, unless
-  one fits where the slopes were. They count at every moment; of all else the fullest moment of an update does.
+It is the first process's, on a CPU, in a run that validates and saves checkpoints in between. The C library keeps what
+is freed in pieces of up to 32 MiB for the next small ones, and gives larger ones back (cli.keep_freed_memory). So
+
+- large pieces count while they are live, by moment of an update;
+- small ones count at every moment: their room is kept, and large pieces rarely fit between the small ones that stay;
+- a checkpoint is gathered a parameter at a time, in the room of gradients and in new room, which an update's large
+  pieces take later: at stages 1 and 2 all but one of the flat tensors, as large as a process's share of the parameters,
+  which finds too little of it in one stretch; at stage 3, where more small things stay, none of them finds it.
+
 Of a bucket that DeepSpeed allocates at a fixed size only what gradients fill counts: untouched pages take no memory.
-These rules were found by measuring; docs/training.md has how far they are off.
+docs/training.md has how far all this is off.
 
 Left out is what is under a percent of a run of a gigabyte: text, carried states, biases, temporaries of a step.
 
@@ -29,7 +33,8 @@ from gfrnn.training.ds_config import stage_of
 _GATES = {"tanh": 1, "gru": 3, "lstm": 4, "mrnn": 2}  # G of each unit
 _FP32, _BF16 = 4, 2
 _BUCKET = 5 * 10**8  # elements of DeepSpeed's reduction bucket, by default
-_LIBRARIES = 60 * 10**6  # measured: threads, oneDNN's kernels and scratch, what the first products leave
+_LARGE = 32 << 20  # bytes of a piece from which it is given back
+_LIBRARIES = 110 * 10**6  # measured: threads, oneDNN's kernels and scratch, what finds no room between other pieces
 _EVAL_STEPS, _EVAL_SYMBOLS, _EVAL_KEPT = 128, 1 << 15, 8  # evaluation.score reads so much at once; nn keeps steps
 
 _Parts = dict[str, float]
@@ -65,46 +70,47 @@ def estimate(settings: Settings, ds_config: dict[str, Any], world_size: int) -> 
     averages = updated if o.average != "none" else 0
     states = 2 + (o.optimizer == "rmsprop" and o.momentum > 0)
     temporaries = (1 if o.optimizer == "rmsprop" else 2) + (o.weight_decay > 0 and o.optimizer != "adamw")
-    trained = {0: full, 3: flat_share + share * bf16}.get(stage, flat + share)
+    trained = {0: full, 3: flat_share + share}.get(stage, flat + share)  # with the fp32 masters of a share
+    accumulated = settings.batch.accumulation > 1
+    # the gradients, a parameter at a time: at stage 0 all stay until the optimizer's step
+    apart = flat if stage == 0 or (stage == 1 and accumulated) else 0
     always: _Parts = {
         "weights": full + trained + averages,  # a plain model validates
-        "gradients": flat_share if stage == 3 else 0,
+        "gradients": max(apart, net.sums) + (flat_share + bucket if stage == 3 else 0),
         "optimizer": states * updated,
-        "copies for products": full * bf16,
-        "checkpoint": full,  # the file of the best weights, read for the test at the end
+        "copies for products": full * bf16 + net.transposed - net.large_copies,
+        "activations": net.small,
         "libraries": _LIBRARIES,
     }
-    if stage == 0:
-        reduced = flat
-    elif stage < 3:  # buckets, one made flat for the others, own share, that flat
-        reduced = bucket * (1 + bool(zero.get("overlap_comm")) + (world_size > 1)) + flat_share + share
-    else:  # a bucket, flat, once more to send, own share flat; room of initialisation's, for gathered weights later
-        reduced = 3 * bucket + share + 2 * flat
-    # the optimizer's, less those with room where slopes and summed gradients were (at stage 0 moments lie there)
-    flats = max(0, temporaries - int((net.one_piece + net.sums) // share)) if stage else 0
-    grown: _Parts = {"gradients": reduced, "optimizer": flats * share}
-    accumulated = flat if settings.batch.accumulation > 1 and stage < 2 else 0
-    # what pieces leave has room for gradients, but for nothing larger: small things that stay lie between them
-    update: dict[str, _Parts] = {
+    held = flat_share if stage == 2 and accumulated else 0  # summed over the micro-batches before
+    if stage == 0:  # made flat to be reduced, after backward
+        reducing, stepping = 0, flat
+    elif stage < 3:  # buckets, one made flat for the others, and a process's share, which fills from bucket to bucket
+        buckets = bucket * (1 + bool(zero.get("overlap_comm")) + (world_size > 1))
+        reducing = buckets + flat_share + held
+        stepping = share + flat_share * bf16
+    else:  # a bucket once more, made flat to be sent
+        reducing, stepping = bucket, share
+    gathered = flat if stage == 3 and world_size > 1 else 0  # weights, for the time of the call
+    temporary = temporaries * share if stage else 0  # at stage 0 a parameter's, one after the other
+    moments: dict[str, _Parts] = {
         "backward": {
-            "gradients": max(net.sums, accumulated),
-            "copies for products": net.transposed,
-            "activations": net.kept,
+            "weights": gathered,
+            "gradients": held,
+            "copies for products": net.large_copies,
+            "activations": net.backward,
         },
-        "gradients of weights": {
-            "gradients": flat if stage < 2 else net.sums + _FP32 * net.largest,
-            "copies for products": net.transposed if net.sums else 0,
-            "activations": net.slopes + max(0, net.pieces - flat),
-        },
-        "optimizer step": {
-            "gradients": flat if stage < 2 else 0,
-            "optimizer": _FP32 * temporaries * net.largest if stage == 0 else 0,
+        "gradients of weights": {"weights": gathered, "gradients": reducing, "activations": net.products},
+        "optimizer step": {"gradients": stepping, "optimizer": temporary},
+        "validation": {"checkpoint": full, "gradients": -apart, "activations": net.evaluation},
+        "after a checkpoint": {
+            "checkpoint": full * (1 + states + (averages > 0)),
+            "gradients": (share if stage else 0) - apart,
+            "optimizer": temporary if stage == 3 else 0,
         },
     }
-    moments = [_sum(name, always, grown, parts) for name, parts in update.items()]
-    moments.append(_sum("validation", always, {"checkpoint": full, "activations": net.evaluation}))
-    moments.append(_sum("checkpoint", always, {"checkpoint": full * (1 + states + (averages > 0))}))
-    return max(moments, key=lambda moment: moment.total)
+    found = [_sum(name, always, parts) for name, parts in moments.items()]
+    return max(found, key=lambda moment: moment.total)
 
 
 def _sum(moment: str, *several: _Parts) -> Estimate:
@@ -126,42 +132,56 @@ class Network:
         at_once = min(b.recompute or T, T) if m.unit != "mrnn" else T
         again = at_once < T
         step = _FP32 * B * L * H  # one number a unit and row
-        cell = m.unit == "lstm"
+        cell, fed = m.unit == "lstm", m.feedback != "none"
+        every = m.unit_gates == "all" and fed  # unit gates read all layers
 
-        recurrent = H * H * max(1, _GATES[m.unit] - 1) * (L if m.feedback != "none" else 1)
-        self.largest = max(recurrent, K * (max(inputs, H) if L > 1 else inputs), V * Y, V * m.embedding_size)
+        unit = H * H * (_GATES[m.unit] - 1) * (L if every else 1)
+        candidate = H * H * (L if fed else 1)
+        below = K * H if L > 1 else 0
+        self.largest = max(candidate, unit, below, K * inputs, V * Y, V * m.embedding_size)
         """Elements of the largest parameter."""
         self.sums = _FP32 * in_products if again else 0
         """Gradients of the steps that backward has done, while it does the others."""
-        # transposed for backward; in bf16 also as they lie, for the steps that are computed again
-        self.transposed = narrow * in_products * (2 if again and narrow == _BF16 else 1)
+        # in bf16 also as they lie, for the steps that are computed again; what reads all layers is one piece
+        copies = narrow * (2 if again and narrow == _BF16 else 1)
+        self.transposed = copies * in_products
+        """Weights as backward's products read them."""
+        together = L * ((unit if every else 0) + (L * L * H if m.feedback == "gated" else 0))
+        apart = L * [candidate, 0 if every else unit] + (L - 1) * [below]
+        self.large_copies = (copies // narrow) * _large(*(narrow * size for size in (together, *apart)))
+        """Of those the large pieces."""
         if m.weight_dropout:
             self.transposed += 2 * _FP32 * in_products  # masks, and what they leave of the weights
-        from_input = 2 * _FP32 * input_rows * (T * B if m.embedding_size else V)  # and its gradient
-        starts = step * (1 + cell) * math.ceil(T / at_once) if again else 0
-        at_ends = _FP32 * T * B * (2 * Y + 3 * V)  # output, logits, their logarithms; their gradients
-        outside = from_input + starts + at_ends
-        states = step * (1 + cell)
+
         # of a step: the unit's activations; GRU its pre-activations, gates, reset sum; what layer norm divides
         inside = {"lstm": 4.0, "gru": K / H + 3, "tanh": 1.0, "mrnn": 10.0}[m.unit]
         normed = (_GATES[m.unit] + cell) * m.layer_norm
-        slopes = step * (K / H + (m.unit == "gru"))
-        self.pieces = at_once * step * (inside + normed)
-        """Of each step and layer, in tensors of their own."""
-        self.one_piece = at_once * slopes
-        """Slopes, the largest tensor."""
-        self.kept = outside + self.pieces + at_once * (states + slopes)
-        """At the start of backward through time: what forward left, and room for the slopes."""
-        # slopes, states, states as an operand of products; gated ones made and put in order for one layer
-        operands = step * narrow / _FP32 * ((m.feedback != "none") + (m.unit_gates == "own" or m.feedback == "none"))
-        ordered = 2 * step if m.feedback == "gated" else 0
-        self.slopes = outside + at_once * (slopes + step + operands + ordered)
-        """While gradients of the weights are made of them, without `pieces`."""
+        starts = step * (1 + cell) * math.ceil(T / at_once) if again else 0
+        states, slopes = at_once * step, at_once * step * K / H
+        traces = [states] * (1 + cell)  # h, c
+        ends = [_FP32 * T * B * V] * 3  # logits, their logarithms, the gradient
+        ends += [_FP32 * input_rows * (T * B if m.embedding_size else V)] * 2  # of the input, and the gradient
+        sums = [slopes] + [states] * (m.unit == "gru")  # of a step's products, all gradients of them
+        operand = states * narrow / _FP32
+        made = [operand] + [operand] * fed  # states as they lie, packed
+        ordered = [states, operand] if m.feedback == "gated" else []  # gated for one layer, in order
+        self.backward = _large(*traces, *sums, *made, _FP32 * T * B * Y, *ends[3:])
+        """Large pieces at the end of backward through time."""
+        self.products = _large(states, *sums, *made[: 1 if every else 2], *ordered, *ends[3:])
+        """Large pieces while gradients of the weights are made of them."""
+        pieces = [*traces, *sums, *made, *ordered, *ends]
+        self.small = at_once * step * (inside + normed) + starts + sum(pieces) - _large(*pieces)
+        """What each step and layer leaves, in pieces of its own, and other small ones."""
         streams = max(1, settings.run.eval_streams // world_size)
         symbols = streams * min(_EVAL_STEPS, max(1, _EVAL_SYMBOLS // streams))
         own = _FP32 * L * H * streams * _EVAL_KEPT * (1 + cell + inside + normed)
         self.evaluation = _FP32 * symbols * (Y + 3 * V) + own + _FP32 * input_rows * V
         """While a text is scored."""
+
+
+def _large(*pieces: float) -> float:
+    """Bytes of those pieces that are given back when they are freed."""
+    return sum(piece for piece in pieces if piece >= _LARGE)
 
 
 def resident() -> int:
