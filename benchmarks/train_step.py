@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peers import FlashLSTM, Peer, gated_feedback, pair_loop, stack, stack_size
 from rich.console import Console
@@ -37,6 +35,7 @@ from gfrnn.config import preset, sizes
 from gfrnn.nn import GatedFeedbackRNN
 from gfrnn.runs import versions
 from gfrnn.training.flops import gemm_peak
+from gfrnn.training.memory import peak_resident, resident
 
 PARTS = ("forward", "backward", "optimizer")
 CAPTION = (
@@ -112,10 +111,10 @@ def memory(build: Callable[[], Peer], device: torch.device) -> dict[str, int]:
     def most() -> int:
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident()
 
     def now() -> int:
-        return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident()
 
     torch.nn.LSTM(8, 8).to(device)(torch.zeros(2, 2, 8, device=device))[0].sum().backward()  # loads what is loaded late
     start = now()

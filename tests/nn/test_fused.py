@@ -21,8 +21,6 @@ from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.reference import recurrence_reference
 
-pytest.importorskip("triton")
-
 UNITS = ["tanh", "gru", "lstm"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -386,10 +384,9 @@ def test_dense_input_and_a_start_that_want_gradients(captured: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("captured", [True], indirect=True, ids=["graphs"])
 def test_graphs_are_used_again(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture a shape and direction, however many calls; memory for as many calls as are open at once."""
-    if not captured:
-        pytest.skip("without graphs")
     count = mock.Mock(side_effect=graphs.capture)
     monkeypatch.setattr(graphs, "capture", count)
     rnn = network(captured)

@@ -52,8 +52,11 @@ class Graphs:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         free = self.free.setdefault((plan, dtype, device, stream), [])
         with _ordinary():
-            memory = free.pop() if free else _Memory(plan, weights, dtype)
-            memory.left.load(weights)
+            if free:
+                memory = free.pop()
+                memory.left.load(weights)
+            else:
+                memory = _Memory(plan, weights, dtype)
         return CapturedSteps(memory, free, mask_LHB, backward=backward)
 
 
