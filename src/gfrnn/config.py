@@ -21,6 +21,9 @@ EXIT_USER = 2
 EXIT_FAILED = 3
 EXIT_STOPPED = 75  # BSD's EX_TEMPFAIL: stopped early with a checkpoint, start me again
 
+GATES = {"tanh": 1, "gru": 3, "lstm": 4}  # G of each unit
+"""Rows of pre-activation a unit has, candidate included, in multiples of its size."""
+
 PAPER_SYMBOLS = 205  # distinct bytes in enwik8, the alphabet of the paper's parameter counts
 
 
@@ -371,7 +374,7 @@ def sizes(model: ModelSettings, vocab_size: int | None = None) -> Sizes:
             softmax=softmax,
             biases=hidden + vocab,
         )
-    unit_gates = {"lstm": 3, "gru": 2, "tanh": 0}[model.unit]
+    unit_gates = GATES[model.unit] - 1
     gates = layers if model.feedback == "gated" else 0  # global gates a layer
     rows = (1 + unit_gates) * hidden + gates
     reads_input = layers if model.input_skips else 1

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gfrnn.config import GATES
 from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.plan import Plan
-from gfrnn.nn.units import GATES
 
 if TYPE_CHECKING:
     import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]

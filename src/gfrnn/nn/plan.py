@@ -1,7 +1,7 @@
 """What a recurrence computes, apart from its numbers: read by the plain loop and by the Function alike.
 
 Legend: T steps, B rows, L layers, H units, I inputs, K = G * H + Lg rows of a layer's pre-activation in the order
-candidate, unit gates, global gates (G * H of units.py, then Lg = L with gated feedback, else 0).
+candidate, unit gates, global gates (G * H of config.py, then Lg = L with gated feedback, else 0).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfrnn.config import Feedback, UnitGates
-from gfrnn.nn.units import GATES
+from gfrnn.config import GATES, Feedback, UnitGates
 
 
 @dataclass(frozen=True)

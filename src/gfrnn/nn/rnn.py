@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gfrnn.config import Feedback, UnitGates
+from gfrnn.config import GATES, Feedback, UnitGates
 from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import read_input
 from gfrnn.nn.noise import PLACE_BELOW, PLACE_WEIGHT, Noise
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.recurrence import recurrence
 from gfrnn.nn.reference import recurrence_reference
-from gfrnn.nn.units import GATES
 
 State = Tensor | tuple[Tensor, Tensor]
 """h [L, B, H], for the LSTM (h, c)."""

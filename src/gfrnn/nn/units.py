@@ -18,8 +18,6 @@ NORM_EPS = 1e-5
 # (gradient of f(a), f(a), grad_input=) -> gradient of a, one pass where the formula takes three
 tanh_backward = torch.ops.aten.tanh_backward.grad_input
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-GATES = {"tanh": 1, "gru": 3, "lstm": 4}  # G of each unit
-"""Rows of pre-activation a unit has, in multiples of H."""
 
 
 # Normalisation over the units of a layer --------------------------------------------------------------------

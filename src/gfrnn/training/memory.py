@@ -27,10 +27,10 @@ from typing import Any
 
 import psutil
 
-from gfrnn.config import Settings, sizes
+from gfrnn.config import GATES, Settings, sizes
 from gfrnn.training.ds_config import stage_of
 
-_GATES = {"tanh": 1, "gru": 3, "lstm": 4, "mrnn": 2}  # G of each unit
+_GATES = GATES | {"mrnn": 2}
 _FP32, _BF16 = 4, 2
 _BUCKET = 5 * 10**8  # elements of DeepSpeed's reduction bucket, by default
 _LARGE = 32 << 20  # bytes of a piece from which it is given back
