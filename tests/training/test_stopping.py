@@ -9,18 +9,18 @@ import time
 
 import pytest
 
-from gfrnn.training.stopping import StopFlag
+from gfrnn.training.stopping import CAUSES, StopFlag
 from launch import as_from_a_terminal, environment
 
 PROGRAM = """
 import time
-from gfrnn.training.stopping import StopFlag
+from gfrnn.training.stopping import CAUSES, StopFlag
 flag = StopFlag()
 with flag.listening():
     print("listening", flush=True)
-    while not flag.reason:
+    while not flag.agreed(flag.wishes):
         time.sleep(0.01)
-    print(flag.reason, flush=True)
+    print(flag.agreed(flag.wishes), flush=True)
     time.sleep({linger})
     print("still here", flush=True)
 print("left", flush=True)
@@ -101,7 +101,7 @@ def test_handlers_are_put_back_after_an_error() -> None:
 
 OUTSIDE = """
 import time
-from gfrnn.training.stopping import StopFlag, end_on_signals
+from gfrnn.training.stopping import CAUSES, StopFlag, end_on_signals
 end_on_signals()
 if {listened}:
     with StopFlag().listening():
@@ -128,15 +128,15 @@ def test_where_no_flag_listens_a_signal_ends_the_process_at_once(
 
 def test_time_limit() -> None:
     flag = StopFlag(time_limit=0.3 / 60)
-    assert flag.reason == ""
+    assert flag.agreed(flag.wishes) is None
     time.sleep(0.35)
-    assert flag.reason == "time limit of 0.005 minutes"
+    assert flag.agreed(flag.wishes) == "time limit of 0.005 minutes"
 
 
 def test_no_time_limit() -> None:
     flag = StopFlag()
     time.sleep(0.05)
-    assert flag.reason == ""
+    assert flag.agreed(flag.wishes) is None
 
 
 def test_the_first_reason_stays() -> None:
@@ -144,4 +144,17 @@ def test_the_first_reason_stays() -> None:
     with flag.listening():
         signal.raise_signal(signal.SIGUSR1)
         time.sleep(0.15)
-        assert flag.reason == "SIGUSR1"
+        assert flag.agreed(flag.wishes) == "SIGUSR1"
+
+
+def test_processes_that_have_different_wishes_give_one_reason() -> None:
+    """A launcher that is killed is noticed by one process before the other, which has to say it too."""
+    own = StopFlag(time_limit=2.0)
+    sums = [0.0] * len(CAUSES)
+    sums[CAUSES.index("launcher")] = 1.0  # the other's
+    assert own.agreed(own.wishes) is None
+    assert own.agreed(sums) == "the launcher was killed"
+    sums[CAUSES.index("time limit")] = 2.0
+    assert own.agreed(sums) == "the launcher was killed"
+    sums[CAUSES.index("SIGTERM")] = 1.0
+    assert own.agreed(sums) == "SIGTERM"

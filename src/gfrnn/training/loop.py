@@ -56,7 +56,8 @@ class Done(NamedTuple):
     grad_norm: float
     """L2 norm of the global gradient before clipping."""
     rate: float
-    stop: bool
+    stop: str | None
+    """Why to stop, if so."""
     save: bool
 
 
@@ -155,7 +156,7 @@ class Trainer:
                     self._save()
                 if done.stop:
                     self._summarize("stopped")
-                    raise Stopped(f"{self._reason()} at update {step} of {self.total}; the same command goes on")
+                    raise Stopped(f"{done.stop} at update {step} of {self.total}; the same command goes on")
                 if run.patience and self.position.without_best >= run.patience:
                     self.progress.say(f"no new best in {run.patience} validations: ending at update {step}")
                     break
@@ -209,14 +210,14 @@ class Trainer:
         return done
 
     def _agree(self, bits: torch.Tensor, norm: torch.Tensor, rate: float) -> Done:
-        """The update's one small all-reduce: the loss, and whether any process wants to stop or the first to save."""
+        """The update's one small all-reduce: the loss, why anyone wants to stop, whether the first wants to save."""
         minutes = self.settings.run.checkpoint_minutes
-        save = self.rank == 0 and minutes and time.monotonic() - self.last_save > 60 * minutes
-        flags = torch.tensor([float(bool(self.stop.reason)), float(save)], dtype=torch.float64)
+        save = self.rank == 0 and minutes > 0 and time.monotonic() - self.last_save > 60 * minutes
+        flags = torch.tensor([save, *self.stop.wishes], dtype=torch.float64)
         shared = torch.cat([bits.view(1), flags.to(self.device)])
         dist.all_reduce(shared)
-        all_bits, stops, saves = shared.tolist()
-        return Done(all_bits / self.streams.count_per_update, float(norm), rate, stops > 0, saves > 0)
+        all_bits, saves, *wishes = shared.tolist()
+        return Done(all_bits / self.streams.count_per_update, float(norm), rate, self.stop.agreed(wishes), saves > 0)
 
     def _check_finite(self, done: Done) -> None:
         if math.isfinite(done.bpc) and math.isfinite(done.grad_norm):
@@ -334,9 +335,6 @@ class Trainer:
             self.progress.say(
                 f"{streams.dropped_bytes:,} bytes at the rows' ends, less than a segment each, are left out"
             )
-
-    def _reason(self) -> str:
-        return self.stop.reason or "another process was asked to stop"
 
     # ------------------------------------------------------------------------------------ saving and the end
 

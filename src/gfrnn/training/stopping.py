@@ -2,8 +2,9 @@
 launcher raise it; the loop looks.
 
 A signal reaches some processes and not others, and at different moments; so a raised flag is only a wish until the
-processes have agreed on it, which they do in the small all-reduce that each update makes anyway. Outside the loop,
-while torch is loaded or others are waited for, there is nothing to save, and a signal ends the process at once.
+processes have agreed on it, and on why, which they do in the small all-reduce that each update makes anyway. Outside
+the loop, while torch is loaded or others are waited for, there is nothing to save, and a signal ends the process at
+once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,9 @@ from gfrnn import cli
 from gfrnn.config import EXIT_STOPPED
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_TIME_LIMIT, _NO_LAUNCHER = "time limit", "launcher"
+CAUSES = (*(number.name for number in _SIGNALS), _NO_LAUNCHER, _TIME_LIMIT)
+"""Why a process may want to stop; of several, the first is what is said."""
 _LAUNCHER = "deepspeed.launcher.launch"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -58,22 +62,28 @@ class StopFlag:
     def __init__(self, time_limit: float = 0.0):
         self.time_limit = time_limit
         self._begin = self._last_look = time.monotonic()
-        self._reason = ""
+        self._cause: str | None = None
         self._launchers = _AT_START
         if len(_AT_START) > 1 and _AT_START[1] == 1 and not _is_launcher(1):
-            self._reason = "the launcher was killed"  # before this process began
+            self._cause = _NO_LAUNCHER  # before this process began
 
     @property
-    def reason(self) -> str:
-        """Empty while nothing asks to stop."""
+    def wishes(self) -> list[bool]:
+        """For each of CAUSES whether it asks this process to stop: one at most does."""
         now = time.monotonic()
-        if not self._reason and self.time_limit and now - self._begin > 60 * self.time_limit:
-            self._reason = f"time limit of {self.time_limit:g} minutes"
-        if not self._reason and now - self._last_look > _SECONDS_BETWEEN_LOOKS:
+        if self._cause is None and self.time_limit and now - self._begin > 60 * self.time_limit:
+            self._cause = _TIME_LIMIT
+        if self._cause is None and now - self._last_look > _SECONDS_BETWEEN_LOOKS:
             self._last_look = now
             if _launchers() != self._launchers:
-                self._reason = "the launcher was killed"
-        return self._reason
+                self._cause = _NO_LAUNCHER
+        return [cause == self._cause for cause in CAUSES]
+
+    def agreed(self, wishes: Sequence[float]) -> str | None:
+        """Why all stop, in words, from the sum of all processes' wishes; None if nobody asks for it."""
+        cause = next((cause for cause, wish in zip(CAUSES, wishes, strict=True) if wish), None)
+        in_words = {_TIME_LIMIT: f"time limit of {self.time_limit:g} minutes", _NO_LAUNCHER: "the launcher was killed"}
+        return None if cause is None else in_words.get(cause, cause)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -81,7 +91,7 @@ class StopFlag:
         global _listening
 
         def on_signal(number: int, frame: object) -> None:
-            self._reason = self._reason or signal.Signals(number).name
+            self._cause = self._cause or signal.Signals(number).name
 
         before = _handle(on_signal)
         _listening = True
