@@ -15,6 +15,8 @@ from typing import Any, Literal
 Unit = Literal["lstm", "gru", "tanh", "mrnn"]
 Feedback = Literal["gated", "full", "none"]
 UnitGates = Literal["all", "own"]
+Task = Literal["text", "programs"]
+Curriculum = Literal["baseline", "naive", "mix", "blend"]
 
 EXIT_FINISHED = 0
 EXIT_USER = 2
@@ -24,7 +26,15 @@ EXIT_STOPPED = 75  # BSD's EX_TEMPFAIL: stopped early with a checkpoint, start m
 GATES = {"tanh": 1, "gru": 3, "lstm": 4}  # G of each unit
 """Rows of pre-activation a unit has, candidate included, in multiples of its size."""
 
+MOST_NESTING = 10  # a name an operation at most, a to j
+MOST_LENGTH = 15  # digits of an operand
+LADDERS = ("naive", "blend")  # curricula with levels
 PAPER_SYMBOLS = 205  # distinct bytes in enwik8, the alphabet of the paper's parameter counts
+PROGRAM_SYMBOLS = "".join(sorted({*"0123456789 \n()*+-:<=>", *"abcdefghij", *"print for x in range if else"}))
+"""Characters that occur in programs: the encoder's vocabulary."""
+TARGET_SYMBOLS = "0123456789-."
+"""Characters of what programs print: the decoder's vocabulary. '.' ends a target, and stands before it."""
+VOCABULARY_SIZES = {"text": 256, "programs": len(PROGRAM_SYMBOLS)}
 
 
 class UserError(Exception):
@@ -56,7 +66,7 @@ class ModelSettings:
     residual: bool = False
     """A layer passes up its output plus its input (from the second layer on)."""
     vocab_size: int = 256
-    """Symbols V; text is bytes, so 256."""
+    """Symbols V; text is bytes, so 256; programs have 39."""
     embedding_size: int = 0
     """Width of a learned embedding; 0 feeds symbols one-hot."""
     layer_norm: bool = False
@@ -88,13 +98,41 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class ProgramSettings:
+    """The programs (--task programs)."""
+
+    nesting: int = 5
+    """Most operations composed in a program, 1 to 10."""
+    length: int = 10
+    """Most digits of an operand, 1 to 15."""
+    curriculum: Curriculum = "mix"
+    """How hard training's programs are. baseline: as hard as can be; naive: a ladder up to that; mix: anything up to
+    it, program by program; blend: mix one time in five, else the ladder's level."""
+    num_programs: int = 320_000
+    """Training programs, an epoch."""
+    level_programs: int = 20_000
+    """naive, blend: programs made at a time for a level, anew for as long as it lasts."""
+    valid_programs: int = 2000
+    """Validation programs, and as many test programs."""
+    program_seed: int = 0
+    """Of the programs."""
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """About the most characters of a program and of its target: every operation is an if, with all digits."""
+        source = self.nesting * (3 * self.length + 17) + self.length + 7
+        return source, round(self.length + self.nesting * math.log10(4 * self.length)) + 2
+
+
+@dataclass(frozen=True)
 class BatchSettings:
     """How text becomes updates. None of it depends on the number of processes."""
 
     rows: int = 100
-    """Global rows R: contiguous, equal pieces of the training text read in parallel by all processes together."""
+    """Global rows R: contiguous, equal pieces of the training text (or so many programs) that all processes together
+    read in parallel."""
     steps: int = 100
-    """Segment length T of truncated backpropagation through time."""
+    """Segment length T of truncated backpropagation through time (text)."""
     accumulation: int = 1
     """Micro-batches an update: each process reads its rows in this many parts, one after another."""
     recompute: int = 0
@@ -186,8 +224,8 @@ class Settings:
 
     preset: str = "gf-lstm-5x700"
     """Named settings to start from; 'list' prints them."""
-    task: Literal["text"] = "text"
-    """What is learned."""
+    task: Task = "text"
+    """text: a language model of bytes; programs: what short Python programs print. It goes with the preset."""
     output_dir: Path = Path("runs/gf-lstm-5x700")
     """Run folder. Starting again with the same folder resumes."""
     start_from: Path | None = None
@@ -202,6 +240,7 @@ class Settings:
     """Fetch and build the corpus, train nothing (for login nodes)."""
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    programs: ProgramSettings = field(default_factory=ProgramSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimization: OptimizerSettings = field(default_factory=OptimizerSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -223,8 +262,14 @@ class Settings:
 
 def validate(settings: Settings) -> None:
     """Refuse settings that contradict themselves; raises UserError with one line."""
-    m, b, o, r = settings.model, settings.batch, settings.optimization, settings.run
-    for group in (settings, m, settings.data, b, o, r):
+    m, p, b, o, r = settings.model, settings.programs, settings.batch, settings.optimization, settings.run
+    task = preset(settings.preset).task
+    if task != settings.task:
+        other = TASK_PRESETS[settings.task]
+        raise UserError(
+            f"--task {settings.task} does not go with --preset {settings.preset}, of task {task}: try {other}"
+        )
+    for group in (settings, m, settings.data, p, b, o, r):
         for name, value in vars(group).items():
             flag = f"--{name.replace('_', '-')}"
             if isinstance(value, float) and not math.isfinite(value):
@@ -236,6 +281,9 @@ def validate(settings: Settings) -> None:
         "--num-layers": m.num_layers,
         "--hidden-size": m.hidden_size,
         "--vocab-size": m.vocab_size,
+        "--num-programs": p.num_programs,
+        "--level-programs": p.level_programs,
+        "--valid-programs": p.valid_programs,
         "--rows": b.rows,
         "--steps": b.steps,
         "--accumulation": b.accumulation,
@@ -269,6 +317,7 @@ def validate(settings: Settings) -> None:
         "--checkpoint-every": r.checkpoint_every,
         "--checkpoint-minutes": r.checkpoint_minutes,
         "--sample-length": r.sample_length,
+        "--program-seed": p.program_seed,
         "--seed": settings.seed,
     }
     for flag, value in not_negative.items():
@@ -289,8 +338,19 @@ def validate(settings: Settings) -> None:
     for flag, value in fractions.items():
         if not 0 <= value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 0 and less than 1")
-    if m.vocab_size != 256:
-        raise UserError(f"--vocab-size is {m.vocab_size}, but text is bytes: leave it at 256")
+    if m.vocab_size != VOCABULARY_SIZES[settings.task]:
+        what = {"text": "text is bytes", "programs": "programs have their own characters"}[settings.task]
+        raise UserError(f"--vocab-size is {m.vocab_size}, but {what}: leave it at {VOCABULARY_SIZES[settings.task]}")
+    for flag, value, most in (("--nesting", p.nesting, MOST_NESTING), ("--length", p.length, MOST_LENGTH)):
+        if not 1 <= value <= most:
+            raise UserError(f"{flag} is {value}; programs have 1 to {most}")
+    if settings.task == "programs":
+        if settings.batch.rows > p.num_programs:
+            raise UserError(
+                f"--rows {b.rows} is more than --num-programs {p.num_programs}: an update would have too few"
+            )
+        if p.curriculum in LADDERS and b.rows > p.level_programs:
+            raise UserError(f"--rows {b.rows} is more than --level-programs {p.level_programs}: raise the latter")
     if m.unit == "mrnn" and (m.num_layers != 1 or m.feedback != "none" or m.layer_norm):
         raise UserError(
             "--unit mrnn has one layer, no feedback and no layer norm: "
@@ -327,7 +387,28 @@ def without_effect(settings: Settings) -> list[str]:
         found += [f"{flag} has no effect on --unit mrnn" for flag, given in asked.items() if given]
     if m.unit_gates == "own" and (m.feedback == "none" or m.unit == "tanh"):
         found.append("--unit-gates own has no effect without feedback, or with --unit tanh")
+    other = {
+        "text": (settings.programs,),
+        "programs": (settings.data, settings.batch, settings.run),
+    }[settings.task]
+    for group in other:
+        for f in dataclasses.fields(group):
+            if (settings.task == "text" or f.name in _OF_TEXT) and getattr(group, f.name) != _default(f):
+                found.append(f"--{f.name.replace('_', '-')} has no effect on --task {settings.task}")
     return found
+
+
+_OF_TEXT = {
+    "corpus",
+    "corpus_file",
+    "steps",
+    "reset_every",
+    "reset_probability",
+    "valid_bytes",
+    "eval_streams",
+    "eval_warmup",
+}
+"""Settings that only text has, outside its own groups."""
 
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -347,6 +428,9 @@ class Sizes:
     biases: int
     """All biases and the gains of layer norm."""
 
+    def __add__(self, other: Sizes) -> Sizes:
+        return Sizes(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
     @property
     def total(self) -> int:
         return self.recurrent + self.embedding + self.softmax + self.biases
@@ -357,14 +441,28 @@ class Sizes:
         return 6 * (self.recurrent - self.looked_up + self.softmax)
 
 
-def sizes(model: ModelSettings, vocab_size: int | None = None) -> Sizes:
-    """Parameter counts of `model`, with another alphabet if `vocab_size` is given."""
+def sizes(settings: Settings) -> Sizes:
+    """Parameter counts of what the settings train."""
+    return sum(networks(settings)[1:], start=networks(settings)[0])
+
+
+def networks(settings: Settings) -> tuple[Sizes, ...]:
+    """Parameter counts network by network: the language model's, or the encoder's and the decoder's of programs."""
+    if settings.task == "text":
+        return (model_sizes(settings.model),)
+    targets = len(TARGET_SYMBOLS)
+    return model_sizes(settings.model, outputs=0), model_sizes(settings.model, targets)
+
+
+def model_sizes(model: ModelSettings, vocab_size: int | None = None, *, outputs: int | None = None) -> Sizes:
+    """Parameter counts of `model` with another alphabet if `vocab_size` is given, and as many outputs or `outputs`."""
     vocab = vocab_size or model.vocab_size
+    outputs = vocab if outputs is None else outputs
     layers, hidden = model.num_layers, model.hidden_size
     embedding = vocab * model.embedding_size
     inputs = model.embedding_size or vocab
     one_hot = not model.embedding_size
-    softmax = vocab * hidden * (layers if model.output_skips else 1)
+    softmax = outputs * hidden * (layers if model.output_skips else 1)
     if model.unit == "mrnn":  # W_hx, W_mx: H x inputs each; W_hm, W_mh: H x H each
         from_input = 2 * hidden * inputs
         return Sizes(
@@ -372,7 +470,7 @@ def sizes(model: ModelSettings, vocab_size: int | None = None) -> Sizes:
             looked_up=from_input if one_hot else 0,
             embedding=embedding,
             softmax=softmax,
-            biases=hidden + vocab,
+            biases=hidden + outputs,
         )
     unit_gates = GATES[model.unit] - 1
     gates = layers if model.feedback == "gated" else 0  # global gates a layer
@@ -383,7 +481,7 @@ def sizes(model: ModelSettings, vocab_size: int | None = None) -> Sizes:
     gated_by_all = model.feedback != "none" and model.unit_gates == "all"
     unit = unit_gates * hidden * hidden * (layers if gated_by_all else 1)
     recurrent = reads_input * rows * inputs + below + layers * (candidate + unit + gates * layers * hidden)
-    biases = layers * rows + vocab
+    biases = layers * rows + outputs
     if model.unit == "gru" and model.hidden_bias:
         biases += layers * hidden
     if model.layer_norm:
@@ -395,6 +493,20 @@ def sizes(model: ModelSettings, vocab_size: int | None = None) -> Sizes:
         softmax=softmax,
         biases=biases,
     )
+
+
+def matched_stack(settings: Settings) -> Settings:
+    """The same settings for a stack, without feedback, of as many units as come nearest to the same parameter count."""
+    wanted = sizes(settings).total
+    stack = dataclasses.replace(settings.model, feedback="none", unit_gates="all")
+
+    def of(hidden_size: int) -> Settings:
+        return dataclasses.replace(settings, model=dataclasses.replace(stack, hidden_size=hidden_size))
+
+    larger = settings.model.hidden_size
+    while sizes(of(larger)).total < wanted:
+        larger += 1
+    return min(of(larger - 1), of(larger), key=lambda found: abs(sizes(found).total - wanted))
 
 
 # ---------------------------------------------------------------------------------------------- presets
@@ -432,6 +544,17 @@ _PAPER_MODELS: dict[str, tuple[Unit, int, int, Feedback]] = {
     "mrnn-1x679": ("mrnn", 1, 679, "none"),
 }
 
+_PROGRAM_MODELS: dict[str, tuple[Unit, int, Feedback]] = {
+    "programs-gf-lstm-3x200": ("lstm", 200, "gated"),
+    "programs-lstm-3x200": ("lstm", 200, "none"),
+    "programs-lstm-3x295": ("lstm", 295, "none"),
+    "programs-gf-gru-3x230": ("gru", 230, "gated"),
+    "programs-gru-3x230": ("gru", 230, "none"),
+    "programs-gru-3x339": ("gru", 339, "none"),
+}
+TASK_PRESETS: dict[Task, str] = {"text": "gf-lstm-5x700", "programs": "programs-gf-lstm-3x200"}
+"""What a task means without --preset."""
+
 _NOTES = {
     "demo": "what `make train` trains: small, on the text that ships here",
     "gf-lstm-5x700": "the paper's large model, 1.58 BPC on enwik8",
@@ -439,6 +562,13 @@ _NOTES = {
     "gf-gru-3x228": "GF-L: as many units as the stack",
     "gf-lstm-3x191": "GF-L: as many units as the stack",
     "mrnn-1x679": "multiplicative RNN of 1.2 M parameters",
+    "programs-gf-lstm-3x200": "encoder and decoder of the paper's program evaluation",
+    "programs-gf-gru-3x230": "encoder and decoder of the paper's program evaluation",
+    "programs-lstm-3x200": "the paper's stack: as many units",
+    "programs-gru-3x230": "the paper's stack: as many units",
+    "programs-lstm-3x295": "a stack of as many parameters as the GF net",
+    "programs-gru-3x339": "a stack of as many parameters as the GF net",
+    "programs-demo": "small programs, learned in 5 minutes on 2 cores",
 }
 
 
@@ -474,6 +604,36 @@ def presets() -> dict[str, Settings]:
             average_decay=0.98,
         ),
         run=RunSettings(max_updates=500, valid_every=125, checkpoint_every=125, eval_streams=32, eval_warmup=200),
+    )
+    for name, (unit, hidden_size, feedback) in _PROGRAM_MODELS.items():
+        table[name] = Settings(
+            preset=name,
+            task="programs",
+            output_dir=Path("runs") / name,
+            model=ModelSettings(
+                unit=unit,
+                num_layers=3,
+                hidden_size=hidden_size,
+                feedback=feedback,
+                vocab_size=VOCABULARY_SIZES["programs"],
+            ),
+            batch=BatchSettings(rows=128),
+            optimization=OptimizerSettings(beta1=0.99),
+            run=RunSettings(max_epochs=30, valid_every=2500, patience=5),
+        )
+    table["programs-demo"] = Settings(
+        preset="programs-demo",
+        task="programs",
+        output_dir=Path("runs/programs-demo"),
+        model=ModelSettings(
+            num_layers=2, hidden_size=96, forget_bias=1.0, vocab_size=VOCABULARY_SIZES["programs"], layer_norm=True
+        ),
+        programs=ProgramSettings(nesting=2, length=2, num_programs=100_000, valid_programs=1000),
+        batch=BatchSettings(rows=64),
+        optimization=OptimizerSettings(
+            learning_rate=4e-3, clip=1.0, schedule="cosine", warmup_updates=50, final_learning_rate=1e-4
+        ),
+        run=RunSettings(max_updates=2500, valid_every=500, checkpoint_every=500),
     )
     return table
 

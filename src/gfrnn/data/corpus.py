@@ -36,7 +36,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from gfrnn.config import DataSettings, UserError
+from gfrnn.config import BatchSettings, DataSettings, UserError
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,14 @@ class Text:
     train: Bytes
     valid: Bytes
     test: Bytes
+
+    def check(self, batch: BatchSettings) -> None:
+        """Raises UserError if it is too short for such updates."""
+        segments_per_epoch(len(self.train), batch.rows, batch.steps)
+
+    def prepare(self) -> str:
+        """What there is of it, in words: all is made already."""
+        return f"{len(self.train):,} training, {len(self.valid):,} validation, {len(self.test):,} test bytes"
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,7 @@ def load_text(settings: DataSettings) -> Text:
     Any number of processes may call this at the same time on one folder: one works, the others wait for it.
     Raises UserError for a corpus that cannot be had, read or kept.
     """
-    try:
-        root = settings.data_dir.expanduser()
-    except RuntimeError as error:  # a container's user without a home
-        raise UserError(f"--data-dir {settings.data_dir}: there is no home folder here; give another one") from error
+    root = data_folder(settings.data_dir)
     read: Callable[[], bytearray]  # called only where the text is not built yet
     if settings.corpus_file is not None:
         path = settings.corpus_file.expanduser()
@@ -112,7 +117,7 @@ def load_text(settings: DataSettings) -> Text:
     try:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _only_one(folder.with_name(folder.name + ".lock")):
+            with only_one(folder.with_name(folder.name + ".lock")):
                 if not folder.is_dir():  # another process may have built it while this one waited
                     _build(folder, read())
         try:
@@ -129,6 +134,14 @@ def load_text(settings: DataSettings) -> Text:
         raise UserError(
             f"cannot keep the corpus in {root}: {error.strerror}; make room there or give another folder, --data-dir"
         ) from error
+
+
+def data_folder(data_dir: Path) -> Path:
+    """Where --data-dir is; raises UserError if that is the home folder of a user without one."""
+    try:
+        return data_dir.expanduser()
+    except RuntimeError as error:  # in a container
+        raise UserError(f"--data-dir {data_dir}: there is no home folder here; give another one") from error
 
 
 def segments_per_epoch(size: int, rows: int, steps: int) -> int:
@@ -163,7 +176,7 @@ def _file_names(name: str) -> list[str]:
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def only_one(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)

@@ -1,8 +1,7 @@
 """How a text becomes batches: R global rows read in parallel, a segment of T steps at a time.
 
 The text's N bytes are cut into R contiguous rows of n = N // R bytes; update number k of an epoch reads bytes
-k * T .. (k + 1) * T of every row. A process owns ceil(R / W) consecutive rows and reads them in A micro-batches.
-So what an update reads depends on neither the number of processes W nor the accumulation A.
+k * T .. (k + 1) * T of every row. rows.py says who reads which.
 
 Inputs are the targets shifted by one byte: position t of row r has target text[r * n + t] and input
 text[r * n + t - 1]; the byte before the text is a newline.
@@ -17,11 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gfrnn.config import UserError
 from gfrnn.data.corpus import NEWLINE, Bytes, segments_per_epoch
-
-PADDING = -1
-"""The global row id of rows that do not exist; their symbols are 0 and their weight is 0."""
+from gfrnn.data.rows import PADDING, RowShare
 
 
 class Streams:
@@ -46,38 +42,29 @@ class Streams:
         accumulation: int = 1,
         device: str | torch.device = "cpu",
     ) -> None:
-        if world_size > rows:
-            raise UserError(
-                f"{world_size} processes cannot share --rows {rows}: "
-                f"use at most {rows} processes or --rows of at least {world_size}"
-            )
         n = len(text) // rows
         self.segments_per_epoch = segments_per_epoch(len(text), rows, steps)
         self.rows, self.steps, self.device = rows, steps, torch.device(device)
         self.dropped_bytes = len(text) - rows * self.segments_per_epoch * steps
         self.count_per_update = rows * steps
 
-        owned = -(-rows // world_size)
-        self.rows_per_micro = -(-owned // accumulation)
-        local = torch.arange(accumulation * self.rows_per_micro)
-        row = local + rank * owned
-        exists = (local < owned) & (row < rows)
-        shape = accumulation, self.rows_per_micro
-        self._rows_AB = torch.where(exists, row, PADDING).view(shape).to(self.device)
-        self._weights_AB = exists.float().view(shape).to(self.device)
+        share = RowShare(rows, world_size=world_size, rank=rank, accumulation=accumulation)
+        self.rows_per_micro = share.per_micro
+        self._rows_AB = torch.stack([share.of_micro(micro) for micro in range(accumulation)]).to(self.device)
+        self._weights_AB = (self._rows_AB != PADDING).float()
 
-        first, last = min(rank * owned, rows), min((rank + 1) * owned, rows)
-        share = np.empty((last - first) * n + 1, np.uint8)  # with the byte before it
-        share[0] = text[first * n - 1] if first else NEWLINE
-        share[1:] = text[first * n : last * n]
-        share_N = torch.from_numpy(share)
-        if self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] > 4 * share.nbytes:
-            share_N = share_N.to(self.device)
+        first, last = share.first, share.stop
+        own = np.empty((last - first) * n + 1, np.uint8)  # with the byte before it
+        own[0] = text[first * n - 1] if first else NEWLINE
+        own[1:] = text[first * n : last * n]
+        own_N = torch.from_numpy(own)
+        if self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] > 4 * own.nbytes:
+            own_N = own_N.to(self.device)
         # Row r is bytes r * n .. r * n + n of the share: its inputs, and one more for the last target.
-        self._text_Pn = share_N.as_strided((last - first, n + 1), (n, 1))
+        self._text_Pn = own_N.as_strided((last - first, n + 1), (n, 1))
 
     def micro_rows(self, micro: int) -> Tensor:
-        """Global row ids of a micro-batch: int64 [B], PADDING (-1) for rows that do not exist."""
+        """Global row ids of a micro-batch: int64 [B], PADDING (-1) for rows that do not exist, whose symbols are 0."""
         return self._rows_AB[micro]
 
     def weights(self, micro: int) -> Tensor:
