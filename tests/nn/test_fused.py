@@ -18,6 +18,7 @@ from gfrnn.nn import GatedFeedbackRNN, Noise, graphs, kernels
 from gfrnn.nn.fused import FusedSteps, FusedTrace, Left
 from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import InputPart
+from gfrnn.nn.lengths import zero_past_end
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.reference import recurrence_reference
 
@@ -43,6 +44,7 @@ class Case:
     h_BLH: Tensor
     c_BLH: Tensor | None
     mask_LBH: Tensor | None
+    lengths_B: Tensor | None
     weights: list[LayerWeights]
     d_y_TBY: Tensor
     d_h_BLH: Tensor
@@ -59,8 +61,11 @@ def make(
     mask: bool = False,
     symbols: str = "",
     hidden_bias: bool = False,
+    ragged: bool = False,
 ) -> Case:
-    """skips: any of i(nput), o(utput), r(esidual). symbols: "" for dense input, "s"ymbols, "c" of which are scaled."""
+    """skips: any of i(nput), o(utput), r(esidual). symbols: "" for dense input, "s"ymbols, "c" of which are scaled.
+    ragged: rows have lengths, of which one is T.
+    """
     L, H, T, B = sizes
     plan = Plan(unit, L, H, feedback, gates, "i" in skips, "o" in skips, "r" in skips, layer_norm=False)
     generator = torch.Generator().manual_seed(hash_of(unit, feedback, gates, *sizes, skips))
@@ -88,12 +93,15 @@ def make(
     if symbols:
         chosen = torch.randint(num_symbols, (T, B), generator=generator).to(DEVICE)
         x = InputPart(draw(N, num_symbols), chosen, draw(T, B).detach() if symbols == "c" else None)
+    lengths = torch.randint(T + 1, (B,), generator=generator)
+    lengths[B // 2] = T
     return Case(
         plan,
         x,
         draw(B, L, H),
         draw(B, L, H) if plan.has_cell else None,
         (torch.rand((L - 1, B, H), generator=generator) > 0.3).to(DEVICE) / 0.7 if mask else None,
+        lengths.to(DEVICE) if ragged else None,
         weights,
         draw(T, B, H * (L if plan.output_skips else 1)).detach(),
         draw(B, L, H).detach(),
@@ -107,7 +115,9 @@ def hash_of(*parts: object) -> int:
 
 def expected(case: Case) -> dict[str, Tensor]:
     """Results and gradients of the plain loop."""
-    y, h, c = recurrence_reference(case.plan, case.x, case.h_BLH, case.c_BLH, case.mask_LBH, case.weights)
+    y, h, c = recurrence_reference(
+        case.plan, case.x, case.h_BLH, case.c_BLH, case.mask_LBH, case.lengths_B, case.weights
+    )
     loss = (y * case.d_y_TBY).sum() + (h * case.d_h_BLH).sum()
     leaves = {"x": case.x.columns, "h": case.h_BLH}
     found = {"y": y, "h_last": h}
@@ -129,7 +139,8 @@ def fused(case: Case, pieces: list[range] | None = None) -> dict[str, Tensor]:
     mask_LHB = case.mask_LBH.transpose(1, 2).contiguous() if case.mask_LBH is not None else None
     with torch.no_grad():
         assert kernels.usable(plan, DEVICE)
-        steps = FusedSteps(plan, Left(plan, case.weights, plan.compute_dtype or dtype), mask_LHB, dtype)
+        left = Left(plan, case.weights, plan.compute_dtype or dtype)
+        steps = FusedSteps(plan, left, mask_LHB, case.lengths_B, dtype)
         h_LHB = case.h_BLH.permute(1, 2, 0)
         c_LHB = case.c_BLH.permute(1, 2, 0) if case.c_BLH is not None else None
         traces = []
@@ -139,7 +150,10 @@ def fused(case: Case, pieces: list[range] | None = None) -> dict[str, Tensor]:
         hs_TLHB = torch.cat([trace.hs_TLHB[1:] for trace in traces])
         passed_TLHB = hs_TLHB.cumsum(1) if plan.residual else hs_TLHB
         y_TYB = passed_TLHB.flatten(1, 2) if plan.output_skips else passed_TLHB[:, -1]
-        found = {"y": y_TYB.transpose(1, 2), "h_last": h_LHB.permute(2, 0, 1)}
+        y_TBY = y_TYB.transpose(1, 2).contiguous()
+        if case.lengths_B is not None:
+            zero_past_end(y_TBY, case.lengths_B)
+        found = {"y": y_TBY, "h_last": h_LHB.permute(2, 0, 1)}
         d_h_LHB, d_c_LHB = case.d_h_BLH.permute(1, 2, 0), case.d_c_BLH.permute(1, 2, 0)
         d_columns = torch.zeros_like(case.x.columns)
         sums: dict[str, Tensor] = {}
@@ -220,9 +234,9 @@ def check_rounded(case: Case) -> None:
 KINDS = list(itertools.product(UNITS, ["gated", "full", "none"], ["all", "own"]))
 OPTIONS = [
     {"skips": "i"},
-    {"skips": "io", "mask": True},
-    {"skips": "r", "symbols": "s"},
-    {"skips": "ior", "mask": True, "symbols": "c"},
+    {"skips": "io", "mask": True, "ragged": True},
+    {"skips": "r", "symbols": "s", "ragged": True},
+    {"skips": "ior", "mask": True, "symbols": "c", "ragged": True},
     {"mask": True, "symbols": "c"},
     {"skips": "or"},
 ]
@@ -256,10 +270,30 @@ def test_more_units_than_a_block_of_the_gates(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_pieces_equal_the_whole(unit: str) -> None:
-    """Of dense input and of symbols: the input's step is not the trace's."""
+    """Of dense input and of symbols with lengths: the input's step is not the trace's."""
     for symbols in ("", "c"):
-        case = make(unit, "gated", "own", (2, 3, 4, 2), skips="or", symbols=symbols)
+        case = make(unit, "gated", "own", (2, 3, 4, 2), skips="or", symbols=symbols, ragged=bool(symbols))
         check(case, [range(0, 1), range(1, 4)])
+
+
+@pytest.mark.parametrize("feedback", ["gated", "full", "none"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_rows_that_end_before_the_batch(unit: str, feedback: str) -> None:
+    """Several, at several steps and before the first; and all lengths T change no bit."""
+    case = make(unit, feedback, "all", (2, 3, 4, 5), skips="ir", symbols="s", hidden_bias=unit == "gru")
+    got = fused(case)
+    for name, same in fused(dataclasses.replace(case, lengths_B=torch.full((5,), 4, device=DEVICE))).items():
+        assert torch.equal(same, got[name]), name
+    case.lengths_B = torch.tensor([3, 0, 4, 1, 0], device=DEVICE)
+    check(case)
+    check_rounded(case)
+    narrow = dataclasses.replace(case, plan=dataclasses.replace(case.plan, compute_dtype=torch.bfloat16))
+    for ended in (fused(case), fused(narrow)):
+        assert torch.equal(ended["h_last"][[1, 4]], case.h_BLH[[1, 4]])
+        assert torch.equal(ended["d_h"][[1, 4]], case.d_h_BLH[[1, 4]])
+        if case.c_BLH is not None:
+            assert torch.equal(ended["c_last"][[1, 4]], case.c_BLH[[1, 4]])
+            assert torch.equal(ended["d_c"][[1, 4]], case.d_c_BLH[[1, 4]])
 
 
 def test_given_gradients_and_states_stay_as_they_are() -> None:
@@ -270,7 +304,7 @@ def test_given_gradients_and_states_stay_as_they_are() -> None:
     given = [h, c, case.d_y_TBY, d_h, d_c]
     before = [tensor.clone() for tensor in given]
     with torch.no_grad():
-        steps = FusedSteps(case.plan, Left(case.plan, case.weights, torch.float32), None, torch.float32)
+        steps = FusedSteps(case.plan, Left(case.plan, case.weights, torch.float32), None, None, torch.float32)
         steps.backward(steps.forward(case.x, range(3), h, c), case.d_y_TBY, d_h, d_c)
     assert all(map(torch.equal, before, given))
 
@@ -369,6 +403,27 @@ def test_the_layer(captured: bool, unit: str, recompute: int) -> None:
     trained(rnn, segments, noise=noise)
     for a, b in zip(torch.autograd.grad(loss, parameters), first, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("captured", [True], indirect=True, ids=["graphs"])
+@pytest.mark.parametrize(("unit", "recompute"), [("tanh", 0), ("gru", 2), ("lstm", 0)])
+def test_lengths_of_the_layer(captured: bool, unit: str, recompute: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other lengths of the same shape at every call, in graphs that are captured once; and none, in others."""
+    count = mock.Mock(side_effect=graphs.capture)
+    monkeypatch.setattr(graphs, "capture", count)
+    rnn = network(captured, unit=unit, recompute=recompute, dropout=0.3)
+    noise = Noise(seed=3, update=4, rows_B=torch.arange(4, device=DEVICE))
+    segments = [torch.randint(6, (3, 4), device=DEVICE) for _ in range(2)]
+    given = [[2, 1, 0, 3], [3, 3, 3, 3], [0, 2, 3, 1], [1, 2, 0, 0]]
+    for lengths in [None, None, *(torch.tensor(some, device=DEVICE) for some in given)]:
+        got = trained(rnn, segments, noise=noise, lengths=lengths)
+        rnn.reference = True
+        for a, b in zip(got, trained(rnn, segments, noise=noise, lengths=lengths), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+        rnn.reference = False
+    pieces = 2 if recompute else 1
+    # of pieces, forward and back, for two segments that are open at once, with lengths and without
+    assert count.call_count == pieces * 2 * 2 * 2
 
 
 def test_dense_input_and_a_start_that_want_gradients(captured: bool) -> None:

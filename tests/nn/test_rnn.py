@@ -8,8 +8,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from gfrnn.config import ModelSettings, presets, sizes
+from gfrnn.config import ModelSettings, model_sizes, presets
 from gfrnn.nn import GatedFeedbackRNN, LanguageModel, MultiplicativeRNN, Noise, gradients
 
 UNITS = ["tanh", "gru", "lstm"]
@@ -49,31 +50,51 @@ def flat(state) -> list[torch.Tensor]:
     return list(state) if isinstance(state, tuple) else [state]
 
 
-def run_with_gradients(rnn, x, state, **kwargs):
-    """(outputs, gradients) of a scalar that depends on every output and on the last state."""
+def run_with_gradients(rnn, x, state, weights=None, **kwargs):
+    """(outputs, gradients) of a scalar that depends on every output and on the last state.
+
+    Gradients of the parameters, the state before, and of input that is not symbols. weights: of outputs in the scalar.
+    """
     for p in rnn.parameters():
         p.grad = None
     x = x.clone().requires_grad_(x.is_floating_point())
     leaves = [s.detach().clone().requires_grad_() for s in flat(state)]
     y, last = rnn(x, tuple(leaves) if len(leaves) > 1 else leaves[0], **kwargs)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    if weights is None:
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
     loss = (y * weights).sum() + sum((s * s * (k + 1)).sum() for k, s in enumerate(flat(last)))
     inputs = [*rnn.parameters(), *leaves, *([x] if x.requires_grad else [])]
     return [y, *flat(last)], torch.autograd.grad(loss, inputs)
 
 
+class Packed(torch.nn.Module):
+    """torch's own with the argument `lengths`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, state, lengths):
+        layout = {"batch_first": self.module.batch_first}
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False, **layout)
+        y, last = self.module(packed, state)
+        return pad_packed_sequence(y, total_length=x.shape[int(self.module.batch_first)], **layout)[0], last
+
+
+@pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM])
-def test_no_feedback_equals_torch(kind, bias, batch_first):
+def test_no_feedback_equals_torch(kind, bias, batch_first, lengths):
     torch.manual_seed(0)
     theirs = kind(5, 7, num_layers=3, bias=bias, batch_first=batch_first, dtype=torch.float64)
     ours = GatedFeedbackRNN.from_torch(theirs)
     x = torch.randn(6, 2, 5, dtype=torch.float64)
     h = torch.randn(3, 6 if batch_first else 2, 7, dtype=torch.float64)
     state = (h, torch.randn_like(h)) if kind is torch.nn.LSTM else h
-    outputs, gradients = run_with_gradients(ours, x, state)
-    expected, their_gradients = run_with_gradients(theirs, x, state)
+    given = {"lengths": torch.tensor([1, 2, 1, 1, 2, 1] if batch_first else [2, 4])} if lengths else {}
+    outputs, gradients = run_with_gradients(ours, x, state, **given)
+    expected, their_gradients = run_with_gradients(Packed(theirs) if lengths else theirs, x, state, **given)
     for got, want in zip(outputs, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
@@ -126,22 +147,25 @@ def test_function_equals_plain_loop(unit, feedback, gates, skips, layer_norm):
     )
     x, state = torch.randn(5, 2, 3, dtype=torch.float64), start(rnn, 2)
     noise = Noise(seed=3, update=4, rows_B=torch.tensor([7, 9]))
-    outputs, gradients = run_with_gradients(rnn, x, state, noise=noise)
-    rnn.reference = True
-    expected, wanted = run_with_gradients(rnn, x, state, noise=noise)
-    for got, want in zip([*outputs, *gradients], [*expected, *wanted], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    assert sum(float(g.abs().sum() > 0) for g in wanted) == len(wanted)  # nothing was left out of the comparison
+    for lengths in (None, torch.tensor([5, 3]), torch.tensor([0, 4])):
+        rnn.reference = False
+        outputs, gradients = run_with_gradients(rnn, x, state, noise=noise, lengths=lengths)
+        rnn.reference = True
+        expected, wanted = run_with_gradients(rnn, x, state, noise=noise, lengths=lengths)
+        for got, want in zip([*outputs, *gradients], [*expected, *wanted], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        assert sum(float(g.abs().sum() > 0) for g in wanted) == len(wanted)  # nothing was left out of the comparison
 
 
 SHAPES = [(3, 5, 1, 1, 1), (7, 13, 2, 1, 3), (4, 33, 3, 9, 1), (1, 1, 2, 3, 2), (5, 24, 4, 6, 7)]  # I, H, L, T, B
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("symbols", [False, True])
 @pytest.mark.parametrize(("feedback", "gates"), [("none", "all"), ("full", "own"), ("gated", "all"), ("gated", "own")])
 @pytest.mark.parametrize("unit", UNITS)
-def test_function_equals_plain_loop_as_it_trains(unit, feedback, gates, symbols, shape):
+def test_function_equals_plain_loop_as_it_trains(unit, feedback, gates, symbols, ragged, shape):
     """In fp32 and bf16, which take other products than the checks in float64; sizes that no vector unit likes."""
     inputs, H, L, T, B = shape
     sizes_ = (inputs, H, L)
@@ -151,13 +175,15 @@ def test_function_equals_plain_loop_as_it_trains(unit, feedback, gates, symbols,
     x = torch.randint(inputs, (T, B)) if symbols else torch.randn(T, B, inputs)
     state = tuple(s.detach().float() for s in flat(start(rnn, B)))
     state = state if rnn.plan.has_cell else state[0]
-    noise = Noise(seed=3, update=4, rows_B=torch.arange(B))
-    outputs, gradients = run_with_gradients(rnn, x, state, noise=noise)
+    given = {"noise": Noise(seed=3, update=4, rows_B=torch.arange(B))}
+    if ragged:
+        given["lengths"] = torch.randint(T + 1, (B,))
+    outputs, gradients = run_with_gradients(rnn, x, state, **given)
     plan = rnn.plan
     rnn.plan = dataclasses.replace(plan, compute_dtype=torch.bfloat16)
-    rounded, rounded_gradients = run_with_gradients(rnn, x, state, noise=noise)
+    rounded, rounded_gradients = run_with_gradients(rnn, x, state, **given)
     rnn.plan, rnn.reference = plan, True
-    expected, wanted = run_with_gradients(rnn, x, state, noise=noise)
+    expected, wanted = run_with_gradients(rnn, x, state, **given)
     for got, want in zip([*outputs, *gradients], [*expected, *wanted], strict=True):
         assert got.dtype == torch.float32
         assert (got - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=0.05)
@@ -168,19 +194,21 @@ def test_function_equals_plain_loop_as_it_trains(unit, feedback, gates, symbols,
 
 
 @pytest.mark.parametrize("recompute", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("lengths", [None, (2, 5)])
 @pytest.mark.parametrize("symbols", [False, True])
 @pytest.mark.parametrize("unit", UNITS)
-def test_recomputed_steps_have_the_same_gradients(unit, symbols, recompute):
+def test_recomputed_steps_have_the_same_gradients(unit, symbols, lengths, recompute):
     rnn = make(unit, "gated", "all", "residual_skips", (5, 4, 3), layer_norm=True, dropout=0.3, input_dropout=0.2)
     x = torch.randint(5, (7, 2)) if symbols else torch.randn(7, 2, 5, dtype=torch.float64)
     state = start(rnn, 2)
-    noise = Noise(seed=3, update=4, rows_B=torch.tensor([7, 9]))
-    expected, wanted = run_with_gradients(rnn, x, state, noise=noise)
+    given = {"noise": Noise(seed=3, update=4, rows_B=torch.tensor([7, 9]))}
+    given["lengths"] = torch.tensor(lengths) if lengths else None
+    expected, wanted = run_with_gradients(rnn, x, state, **given)
     rnn.plan = dataclasses.replace(rnn.plan, recompute=recompute)
-    outputs, gradients = run_with_gradients(rnn, x, state, noise=noise)
+    outputs, gradients = run_with_gradients(rnn, x, state, **given)
     assert all(map(torch.equal, outputs, expected))
     with torch.no_grad():
-        y, last = rnn(x, state, noise=noise)
+        y, last = rnn(x, state, **given)
     assert all(map(torch.equal, [y, *flat(last)], expected))
     for got, want in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -188,23 +216,24 @@ def test_recomputed_steps_have_the_same_gradients(unit, symbols, recompute):
 
 @pytest.mark.parametrize("recompute", [0, 2])
 @pytest.mark.parametrize("frozen", [None, "l1"])
-@pytest.mark.parametrize("feedback", FEEDBACK)
-def test_gradients_of_some_and_twice(feedback, frozen, recompute):
+@pytest.mark.parametrize(("feedback", "lengths"), [*((feedback, None) for feedback in FEEDBACK), ("gated", (4, 1))])
+def test_gradients_of_some_and_twice(feedback, lengths, frozen, recompute):
     """A retained graph, frozen layers, gradients of a few parameters: as autograd's own of the plain loop."""
     rnn = make("gru", feedback, "all", "input_skips", layer_norm=True, recompute=recompute)
     x = torch.randn(5, 2, 3, dtype=torch.float64)
+    lengths = torch.tensor(lengths) if lengths else None
     named = dict(rnn.named_parameters())
     for name, p in named.items():
         p.requires_grad_(frozen is None or not name.endswith(frozen))
     asked = [p for p in named.values() if p.requires_grad]
     for some in (asked, asked[:1], [named["weight_hu_l2"], named["bias_l0"]], [named["bias_l2"]]):
-        loss = rnn(x)[0].square().sum()
+        loss = rnn(x, lengths=lengths)[0].square().sum()
         first = torch.autograd.grad(loss, some, retain_graph=True)
         again = torch.autograd.grad(loss, some, retain_graph=True)
         torch.autograd.grad(loss, asked[-1:], retain_graph=True)
         whole = torch.autograd.grad(loss, asked)
         rnn.reference = True
-        wanted = torch.autograd.grad(rnn(x)[0].square().sum(), some)
+        wanted = torch.autograd.grad(rnn(x, lengths=lengths)[0].square().sum(), some)
         rnn.reference = False
         for one, two, want in zip(first, again, wanted, strict=True):
             torch.testing.assert_close(one, want, rtol=1e-10, atol=1e-10)
@@ -214,11 +243,13 @@ def test_gradients_of_some_and_twice(feedback, frozen, recompute):
             torch.testing.assert_close(found[id(p)], want, rtol=1e-10, atol=1e-10)
 
 
-def test_a_start_that_is_changed_before_backward_is_refused():
+@pytest.mark.parametrize("changed", range(3))
+def test_a_start_or_lengths_that_are_changed_before_backward_are_refused(changed):
     rnn = make("lstm", "gated", "all", "plain", recompute=2)
     h, c = (torch.zeros(3, 2, 4, dtype=torch.float64) for _ in range(2))
-    y, _ = rnn(torch.randn(5, 2, 3, dtype=torch.float64), (h, c))
-    h.fill_(1)
+    lengths = torch.tensor([3, 5])
+    y, _ = rnn(torch.randn(5, 2, 3, dtype=torch.float64), (h, c), lengths=lengths)
+    (h, c, lengths)[changed].fill_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -332,6 +363,8 @@ def test_unbatched_and_batch_first():
     torch.testing.assert_close(h, hb[:, 0])
     rnn.batch_first = True
     torch.testing.assert_close(rnn(x.unsqueeze(0))[0], batched.transpose(0, 1))
+    with pytest.raises(ValueError, match="unbatched"):
+        rnn(x, lengths=torch.tensor([5]))
 
 
 def test_bf16_products_stay_near_fp32():
@@ -391,6 +424,129 @@ def test_bad_inputs():
         GatedFeedbackRNN.from_torch(torch.nn.LSTM(3, 4, bidirectional=True))
 
 
+# Rows that end before the batch does ---------------------------------------------------------------------------
+
+
+def symbols_or_dense(symbols: bool, T: int, B: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randint(5, (T, B)) if symbols else torch.randn(T, B, 5, dtype=dtype)
+
+
+def check_rows_alone(rnn, x, state, near) -> None:
+    """Each row as it is alone without what comes after its end; and the gradients of all of them together."""
+    lengths, rows_B = torch.tensor([3, 5, 0, 2, 4]), torch.tensor([7, 9, 3, 5, 8])
+    width = rnn.output_size
+    weights = torch.randn(*x.shape[:2], width, dtype=flat(state)[0].dtype)
+    (y, *last), gradients = run_with_gradients(
+        rnn, x, state, weights, lengths=lengths, noise=Noise(seed=3, update=4, rows_B=rows_B)
+    )
+    num_states, parameters = len(last), list(rnn.parameters())
+    sums = [torch.zeros_like(p) for p in parameters]
+    d_states = gradients[len(parameters) : len(parameters) + num_states]
+    for b, length in enumerate(lengths.tolist()):
+        row = slice(b, b + 1)
+        assert not y[length:, b].any()
+        given = [s[:, row] for s in flat(state)]
+        if length == 0:
+            assert all(map(torch.equal, [s[:, row] for s in last], given))
+            for k, (d, s) in enumerate(zip(d_states, given, strict=True)):
+                assert torch.equal(d[:, row], 2 * (k + 1) * s)
+            continue
+        (y_alone, *last_alone), alone = run_with_gradients(
+            rnn,
+            x[:length, row],
+            tuple(given) if num_states > 1 else given[0],
+            weights[:length, row],
+            noise=Noise(seed=3, update=4, rows_B=rows_B[row]),
+        )
+        for total, part in zip(sums, alone, strict=False):
+            total += part
+        near([y[:length, row], *(s[:, row] for s in last)], [y_alone, *last_alone])
+        near([d[:, row] for d in d_states], alone[len(parameters) : len(parameters) + num_states])
+        if x.is_floating_point():
+            near([gradients[-1][:length, row]], [alone[-1]])
+            assert not gradients[-1][length:, b].any()
+    near(gradients[: len(parameters)], sums)
+
+
+def nearly(atol: float):
+    def near(got, wanted):
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=atol, atol=atol)
+
+    return near
+
+
+def roughly(got, wanted):
+    """As near as products of bf16 are that add in another order."""
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 0.01 * b.norm() + 1e-3
+
+
+@pytest.mark.parametrize(("unit", "feedback", "gates", "skips"), KINDS)
+def test_a_row_is_as_it_is_alone(unit, feedback, gates, skips):
+    for options in ({"layer_norm": True, "recompute": 2}, {"hidden_bias": unit == "gru", "weight_dropout": 0.2}):
+        for symbols in (False, True):
+            rnn = make(unit, feedback, gates, skips, (5, 4, 3), dropout=0.3, input_dropout=0.2, **options)
+            x = symbols_or_dense(symbols, 5, 5)
+            check_rows_alone(rnn, x, start(rnn, 5), nearly(1e-10))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("feedback", FEEDBACK)
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_row_is_as_it_is_alone_as_it_trains(unit, feedback, narrow, reference):
+    """In fp32, and with products of bf16 (which the plain loop has not)."""
+    rnn = make(unit, feedback, "all", "all_skips", (5, 33, 2), dropout=0.3, reference=reference).float()
+    for p in rnn.parameters():
+        p.data *= 0.3
+    state = tuple(s.detach().float() for s in flat(start(rnn, 5)))
+    state = state if rnn.plan.has_cell else state[0]
+    x = symbols_or_dense(False, 5, 5, torch.float32)
+    if narrow:
+        rnn.plan = dataclasses.replace(rnn.plan, compute_dtype=torch.bfloat16)
+    check_rows_alone(rnn, x, state, roughly if narrow else nearly(1e-5))
+
+
+@pytest.mark.parametrize("symbols", [False, True])
+@pytest.mark.parametrize(("unit", "feedback"), [*itertools.product(UNITS, FEEDBACK), ("mrnn", "none")])
+def test_what_comes_after_the_end_is_not_read(unit, feedback, symbols):
+    """Not a bit of anything changes with it; nor if every row has all steps, and lengths say so."""
+    torch.manual_seed(0)
+    if unit == "mrnn":
+        rnn, state = MultiplicativeRNN(5, 33), torch.randn(1, 5, 33)
+    else:
+        rnn = make(unit, feedback, "all", "residual_skips", (5, 33, 3), layer_norm=symbols, dropout=0.3).float()
+        state = tuple(s.detach().float() for s in flat(start(rnn, 5)))
+        state = state if rnn.plan.has_cell else state[0]
+    lengths, noise = torch.tensor([3, 5, 0, 2, 4]), Noise(seed=3, update=4, rows_B=torch.arange(5))
+    x = symbols_or_dense(symbols, 6, 5, torch.float32)
+    other = symbols_or_dense(symbols, 6, 5, torch.float32) * (1 if symbols else 100)
+    ended_TB = torch.arange(6).unsqueeze(1) >= lengths
+    changed = torch.where(ended_TB if symbols else ended_TB.unsqueeze(2), other, x)
+    assert not torch.equal(x, changed)
+    found = [run_with_gradients(rnn, given, state, lengths=lengths, noise=noise) for given in (x, changed)]
+    assert all(map(torch.equal, *(outputs + list(gradients) for outputs, gradients in found)))
+    found = [run_with_gradients(rnn, x, state, lengths=given, noise=noise) for given in (None, torch.full((5,), 6))]
+    assert all(map(torch.equal, *(outputs + list(gradients) for outputs, gradients in found)))
+
+
+@pytest.mark.parametrize("kind", [GatedFeedbackRNN, MultiplicativeRNN])
+def test_bad_lengths(kind):
+    rnn, x = kind(3, 4), torch.zeros(4, 2, 3)
+    for lengths, message in (
+        ([4], r"int64 \[1\] on cpu; expected torch.int64 \[2\]"),
+        ([[4, 4]], r"\[1, 2\]"),
+        ([4.0, 4.0], "float32"),
+        ([4, -1], "-1 .. 4; this input has 4 steps"),
+        ([5, 1], r"1 .. 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rnn(x, lengths=torch.tensor(lengths))
+    with pytest.raises(ValueError, match="meta"):
+        rnn(x, lengths=torch.tensor([4, 4], device="meta"))
+
+
 def test_recurrent_blocks_start_orthogonal():
     rnn = GatedFeedbackRNN(3, 16, 2)
     block = rnn.weight_hu_l1.detach()[16:32, 16:]
@@ -417,11 +573,19 @@ def test_multiplicative_equals_its_equation():
     torch.testing.assert_close(rnn(symbols[1:], middle)[0], y[1:])
 
 
+@pytest.mark.parametrize("symbols", [False, True])
+def test_a_row_of_the_multiplicative_is_as_it_is_alone(symbols):
+    torch.manual_seed(0)
+    rnn = MultiplicativeRNN(5, 4, input_dropout=0.2, weight_dropout=0.2, dtype=torch.float64)
+    x = symbols_or_dense(symbols, 5, 5)
+    check_rows_alone(rnn, x, torch.randn(1, 5, 4, dtype=torch.float64), nearly(1e-10))
+
+
 @pytest.mark.parametrize("name", [n for n in presets() if n != "gf-lstm-5x700"])
 def test_preset_counts_equal_the_formula(name):
     settings = presets()[name].model
     model = LanguageModel(settings)
-    count = sizes(settings)
+    count = model_sizes(settings)
     counted = {n: p.numel() for n, p in model.named_parameters()}
     assert sum(counted.values()) == count.total
     assert sum(v for n, v in counted.items() if n.startswith("rnn.weight")) == count.recurrent
@@ -440,7 +604,7 @@ def test_counts_with_every_option(unit):
         output_skips=True,
     )
     model = LanguageModel(settings)
-    assert sum(p.numel() for p in model.parameters()) == sizes(settings).total
+    assert sum(p.numel() for p in model.parameters()) == model_sizes(settings).total
 
 
 # facts: recurrent part with scalar gates and input skips, no biases, no softmax, 205 symbols
@@ -466,12 +630,12 @@ PAPER_MILLIONS = {
 
 @pytest.mark.parametrize("name", PAPER_COUNTS)
 def test_paper_counts(name):
-    assert sizes(presets()[name].model, 205).recurrent == PAPER_COUNTS[name]
+    assert model_sizes(presets()[name].model, 205).recurrent == PAPER_COUNTS[name]
 
 
 @pytest.mark.parametrize("name", PAPER_MILLIONS)
 def test_paper_counts_of_single_layers_and_stacks(name):
-    assert round(sizes(presets()[name].model, 205).recurrent / 1e6, 3) == PAPER_MILLIONS[name]
+    assert round(model_sizes(presets()[name].model, 205).recurrent / 1e6, 3) == PAPER_MILLIONS[name]
 
 
 @pytest.mark.parametrize(
@@ -484,7 +648,7 @@ def test_paper_counts_of_single_layers_and_stacks(name):
     ],
 )
 def test_large_model_counts(change, millions):
-    count = sizes(dataclasses.replace(presets()["gf-lstm-5x700"].model, **change), 205)
+    count = model_sizes(dataclasses.replace(presets()["gf-lstm-5x700"].model, **change), 205)
     assert round(count.recurrent / 1e6, 1) == millions
     assert count.softmax == 5 * 700 * 205
 

@@ -134,9 +134,9 @@ class Left:
 class FusedSteps:
     """As steps.Steps, of which this is the same: runs steps, and back."""
 
-    def __init__(self, plan: Plan, left: Left, mask_LHB: Tensor | None, dtype: torch.dtype):
-        """mask_LHB: [L - 1, H, B], on what the layer above reads. dtype: of the parameters, float32."""
-        self.plan, self.left, self.mask_LHB, self.dtype = plan, left, mask_LHB, dtype
+    def __init__(self, plan: Plan, left: Left, mask_LHB: Tensor | None, lengths_B: Tensor | None, dtype: torch.dtype):
+        """mask_LHB: [L - 1, H, B], on what the layer above reads. lengths_B: of rows. dtype: of parameters, float32."""
+        self.plan, self.left, self.mask_LHB, self.lengths_B, self.dtype = plan, left, mask_LHB, lengths_B, dtype
         self.narrow = plan.compute_dtype or dtype
 
     def forward(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> FusedTrace:
@@ -191,7 +191,7 @@ class FusedSteps:
                     kernels.unit_forward(
                         plan, x, left.bias_LK, below_KB, candidate, left.find("unit", j, everywhere, own),
                         left.hidden_bias_LH, hs_TLHB, cs_TLHB, trace.activations, trace.s_TLHB, before_LHTB,
-                        passed_LHB, self.mask_LHB, trace.below_LHTB, *at,
+                        passed_LHB, self.mask_LHB, trace.below_LHTB, self.lengths_B, *at,
                     )  # fmt: skip
         return trace
 
@@ -216,7 +216,8 @@ class FusedSteps:
         d_own_LHB = None if left.own is None else given if left.everywhere is None else nothing
         d_gated_LHB = nothing if plan.feedback == "gated" else None
         next_gated_LHB = torch.empty_like(nothing) if plan.feedback == "gated" else None
-        d_through_LHB = torch.zeros_like(nothing) if plan.unit == "gru" else None
+        passes_through = plan.unit == "gru" or self.lengths_B is not None
+        d_through_LHB = torch.zeros_like(nothing) if passes_through else None
         d_passed_LHB = torch.empty_like(nothing) if plan.residual else None
         d_everywhere, d_own = (
             new(stack.left_LPS.shape[:2].numel(), B, dtype=self.narrow) if stack is not None else None
@@ -230,7 +231,7 @@ class FusedSteps:
                         plan, trace.hs_TLHB, trace.cs_TLHB, trace.activations, trace.s_TLHB, d_y_TYB, d_above_HB,
                         self.mask_LHB, d_passed_LHB, d_gated_LHB, d_all_LHB, d_own_LHB, d_through_LHB, d_c_LHB, d_LKTB,
                         d_s_LHTB, left.find("candidate", j, d_everywhere, d_own),
-                        left.find("unit", j, d_everywhere, d_own), t, j,
+                        left.find("unit", j, d_everywhere, d_own), self.lengths_B, t, trace.steps[t], j,
                     )  # fmt: skip
                     weight, below = left.candidate[j], left.below[j]
                     if trace.g_TLLB is not None:

@@ -44,7 +44,14 @@ class Graphs:
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     def take(
-        self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype, *, backward: bool
+        self,
+        plan: Plan,
+        weights: list[LayerWeights],
+        mask_LHB: Tensor | None,
+        lengths_B: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        backward: bool,
     ) -> CapturedSteps:
         """What runs one call with these weights. backward: whether it will be asked for."""
         plan, device = dataclasses.replace(plan, recompute=0), weights[0].bias.device
@@ -57,7 +64,7 @@ class Graphs:
                 memory.left.load(weights)
             else:
                 memory = _Memory(plan, weights, dtype)
-        return CapturedSteps(memory, free, mask_LHB, backward=backward)
+        return CapturedSteps(memory, free, mask_LHB, lengths_B, backward=backward)
 
 
 @contextlib.contextmanager
@@ -76,14 +83,16 @@ class _Memory:
         self.graphs: dict[Any, _Graph | None] = {}
         """By shape, from the one whose use is longest ago; None of one that was seen once."""
 
-    def graph(self, x: InputPart, steps: range, h_LHB: Tensor, mask_LHB: Tensor | None) -> _Graph | None:
+    def graph(
+        self, x: InputPart, steps: range, h_LHB: Tensor, mask_LHB: Tensor | None, lengths_B: Tensor | None
+    ) -> _Graph | None:
         """For so many steps of such input; None the first time: it may be the last."""
         symbols = x.columns.shape[1] if x.symbols_TB is not None else None
-        key = (len(steps), h_LHB.shape, symbols, x.scale_TB is None, mask_LHB is None)
+        key = (len(steps), h_LHB.shape, symbols, x.scale_TB is None, mask_LHB is None, lengths_B is None)
         seen = key in self.graphs
         graph = self.graphs.pop(key, None)
         if seen and graph is None:
-            graph = _Graph(self, x, len(steps), h_LHB, mask_LHB)
+            graph = _Graph(self, x, len(steps), h_LHB, mask_LHB, lengths_B)
         self.graphs[key] = graph
         while sum(kept is not None for kept in self.graphs.values()) > _MOST:
             del self.graphs[next(key for key, kept in self.graphs.items() if kept is not None)]
@@ -93,9 +102,18 @@ class _Memory:
 class CapturedSteps:
     """As steps.Steps: runs one call's steps, and back. Its memory is free for another call when nobody holds it."""
 
-    def __init__(self, memory: _Memory, free: list[_Memory], mask_LHB: Tensor | None, *, backward: bool):
-        self.memory, self.free, self.mask_LHB, self.needs_backward = memory, free, mask_LHB, backward
-        self.launched = FusedSteps(memory.plan, memory.left, mask_LHB, memory.dtype)
+    def __init__(
+        self,
+        memory: _Memory,
+        free: list[_Memory],
+        mask_LHB: Tensor | None,
+        lengths_B: Tensor | None,
+        *,
+        backward: bool,
+    ):
+        self.memory, self.free, self.needs_backward = memory, free, backward
+        self.mask_LHB, self.lengths_B = mask_LHB, lengths_B
+        self.launched = FusedSteps(memory.plan, memory.left, mask_LHB, lengths_B, memory.dtype)
 
     def __del__(self) -> None:
         self.free.append(self.memory)
@@ -103,12 +121,12 @@ class CapturedSteps:
     def forward(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> CapturedTrace | FusedTrace:
         """As Steps.forward. The trace is valid until the next."""
         with _ordinary():
-            graph = self.memory.graph(x, steps, h_LHB, self.mask_LHB)
+            graph = self.memory.graph(x, steps, h_LHB, self.mask_LHB, self.lengths_B)
             if graph is None:
                 return self.launched.forward(x, steps, h_LHB, c_LHB)
             if self.needs_backward:  # now: little else lies in memory yet
                 graph.capture_backward()
-            graph.forward(x, steps, h_LHB, c_LHB, self.mask_LHB)
+            graph.forward(x, steps, h_LHB, c_LHB, self.mask_LHB, self.lengths_B)
             return CapturedTrace(steps, graph.trace.hs_TLHB, graph.trace.cs_TLHB, graph)
 
     def backward(
@@ -134,7 +152,15 @@ class CapturedTrace:
 class _Graph:
     """So many steps forward, and back, with the memory that they read and write."""
 
-    def __init__(self, memory: _Memory, x: InputPart, T: int, h_LHB: Tensor, mask_LHB: Tensor | None):
+    def __init__(
+        self,
+        memory: _Memory,
+        x: InputPart,
+        T: int,
+        h_LHB: Tensor,
+        mask_LHB: Tensor | None,
+        lengths_B: Tensor | None,
+    ):
         plan, new = memory.plan, h_LHB.new_zeros
         L, H, B = h_LHB.shape
         self.x = InputPart(
@@ -144,7 +170,8 @@ class _Graph:
         )
         self.h_LHB, self.c_LHB = new(L, H, B), new(L, H, B) if plan.has_cell else None
         self.mask_LHB = torch.zeros_like(mask_LHB) if mask_LHB is not None else None
-        self.runner = FusedSteps(plan, memory.left, self.mask_LHB, memory.dtype)
+        self.lengths_B = torch.zeros_like(lengths_B) if lengths_B is not None else None
+        self.runner = FusedSteps(plan, memory.left, self.mask_LHB, self.lengths_B, memory.dtype)
         self.trace, self.replay_forward = capture(
             lambda: self.runner.forward(self.x, range(T), self.h_LHB, self.c_LHB), h_LHB.device
         )
@@ -161,7 +188,13 @@ class _Graph:
             )
 
     def forward(
-        self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None, mask_LHB: Tensor | None
+        self,
+        x: InputPart,
+        steps: range,
+        h_LHB: Tensor,
+        c_LHB: Tensor | None,
+        mask_LHB: Tensor | None,
+        lengths_B: Tensor | None,
     ) -> FusedTrace:
         """From the state before the first of `steps`."""
         some = slice(steps.start, steps.stop)
@@ -172,6 +205,7 @@ class _Graph:
             (self.h_LHB, h_LHB),
             (self.c_LHB, c_LHB),
             (self.mask_LHB, mask_LHB),
+            (self.lengths_B, lengths_B - steps.start if lengths_B is not None else None),  # the graph counts from 0
         ):
             if ours is not None and given is not None:
                 ours.copy_(given)

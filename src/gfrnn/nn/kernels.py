@@ -133,6 +133,12 @@ def _outside(row, b, valid, j, x_t, bias_LK, columns, symbols_TB, scale_TB, belo
 
 
 @_jit
+def _ended(lengths_B, x_t, b, B):
+    """[1, b] whether a row has no such step."""
+    return tl.load(lengths_B + b, mask=b < B, other=0) <= x_t
+
+
+@_jit
 def _get(x, row, b, B, valid):
     """[.., b] of rows of x, whose last axis is B."""
     return tl.load(x + row * B + b, mask=valid, other=0.0).to(tl.float32)
@@ -207,6 +213,7 @@ def _unit_forward(
     passed_LHB,
     mask_LHB,
     below_LHTB,
+    lengths_B,
     t,
     x_t,
     j,
@@ -226,6 +233,8 @@ def _unit_forward(
     h, b = _place(H, B, BLOCK_H, BLOCK_B)
     valid = (h < H) & (b < B)
     layer = t * L + j  # of tensors [T, L, ..]
+    if lengths_B is not None:
+        ended = _ended(lengths_B, x_t, b, B)
     s = _get(candidate_MB, first + h, b, B, valid)
     a_n = _outside(h, b, valid, j, x_t, bias_LK, columns, symbols_TB, scale_TB, below_KB, X_ROW, B, K)
     if G > 1:  # GRU: r, z; LSTM: i, f
@@ -251,11 +260,16 @@ def _unit_forward(
         a_3 = _outside(row, b, valid, j, x_t, bias_LK, columns, symbols_TB, scale_TB, below_KB, X_ROW, B, K)
         u_3 = _sigmoid(a_3 + _get(unit_MB, second + 2 * H + h, b, B, valid))
         _put(activations_TLGHB, layer * G * H + row, b, B, valid, u_3)
-        c = u_2 * _get(cs_TLHB, layer * H + h, b, B, valid) + u_1 * n
+        before_c = _get(cs_TLHB, layer * H + h, b, B, valid)
+        c = u_2 * before_c + u_1 * n
+        if lengths_B is not None:
+            c = tl.where(ended, before_c, c)
         _put(cs_TLHB, (layer + L) * H + h, b, B, valid, c)
         next_h = u_3 * _tanh(c)
     if G > 1:  # the tanh unit's is h
         _put(activations_TLGHB, layer * G * H + h, b, B, valid, n)
+    if lengths_B is not None:
+        next_h = tl.where(ended, _get(hs_TLHB, layer * H + h, b, B, valid), next_h)
     _put(hs_TLHB, (layer + L) * H + h, b, B, valid, next_h)
     _put(before_LHTB, (j * H + h) * (T + 1) + t + 1, b, B, valid, next_h)
     passed = next_h
@@ -291,7 +305,9 @@ def _unit_backward(
     d_s_LHTB,
     candidate_copy_MB,
     unit_copy_MB,
+    lengths_B,
     t,
+    x_t,
     j,
     copy_first,
     copy_second,
@@ -324,6 +340,9 @@ def _unit_backward(
         d_h += d_above
         if d_passed_LHB is not None:
             d_h += _get(d_passed_LHB, at + H, b, B, valid)
+    if lengths_B is not None:
+        ended = _ended(lengths_B, x_t, b, B)
+        d_h = tl.where(ended, 0.0, d_h)  # whatever the output's is
     if d_passed_LHB is not None:
         _put(d_passed_LHB, at, b, B, valid, d_h)
 
@@ -336,6 +355,11 @@ def _unit_backward(
         d_h += _get(d_gated_LHB, at, b, B, valid)
     if d_through_LHB is not None:
         d_h += _get(d_through_LHB, at, b, B, valid)
+    if lengths_B is not None:  # of a row that has ended it all goes through
+        d_through = tl.where(ended, d_h, 0.0)
+        d_h = tl.where(ended, 0.0, d_h)
+        if G != 3:
+            _put(d_through_LHB, at, b, B, valid, d_through)
 
     row = j * K + h  # of d_LKTB
     if G == 1:
@@ -354,18 +378,28 @@ def _unit_backward(
             d_n = d_h * (1.0 - u_2) * (1.0 - n * n)
             d_1 = d_n * s * u_1 * (1.0 - u_1)
             d_2 = d_h * (before - n) * u_2 * (1.0 - u_2)
-            _put(d_through_LHB, at, b, B, valid, d_h * u_2)
+            d_before = d_h * u_2
+            if lengths_B is not None:
+                d_before += d_through
+            _put(d_through_LHB, at, b, B, valid, d_before)
             _put_gradient(d_LKTB, row, None, 0, t, b, T, B, valid, d_n)
             _put_gradient(d_s_LHTB, at, candidate_copy_MB, copy_first + h, t, b, T, B, valid, d_n * u_1)
         else:
             u_3 = _get(activations_TLGHB, activation + 3 * H, b, B, valid)
             tanh_c = _tanh(_get(cs_TLHB, (layer + L) * H + h, b, B, valid))
-            d_c = _get(d_c_LHB, at, b, B, valid) + d_h * u_3 * (1.0 - tanh_c * tanh_c)
+            d_c = _get(d_c_LHB, at, b, B, valid)
+            if lengths_B is not None:
+                d_c_through = tl.where(ended, d_c, 0.0)
+                d_c = tl.where(ended, 0.0, d_c)
+            d_c += d_h * u_3 * (1.0 - tanh_c * tanh_c)
             d_n = d_c * u_1 * (1.0 - n * n)
             d_1 = d_c * n * u_1 * (1.0 - u_1)
             d_2 = d_c * _get(cs_TLHB, layer * H + h, b, B, valid) * u_2 * (1.0 - u_2)
             d_3 = d_h * tanh_c * u_3 * (1.0 - u_3)
-            _put(d_c_LHB, at, b, B, valid, d_c * u_2)
+            d_before_c = d_c * u_2
+            if lengths_B is not None:
+                d_before_c += d_c_through
+            _put(d_c_LHB, at, b, B, valid, d_before_c)
             _put_gradient(d_LKTB, row, candidate_copy_MB, copy_first + h, t, b, T, B, valid, d_n)
             _put_gradient(d_LKTB, row + 3 * H, unit_copy_MB, copy + 2 * H, t, b, T, B, valid, d_3)
         _put_gradient(d_LKTB, row + H, unit_copy_MB, copy, t, b, T, B, valid, d_1)
@@ -480,6 +514,7 @@ def unit_forward(
     passed_LHB: Tensor | None,
     mask_LHB: Tensor | None,
     below_LHTB: Tensor | None,
+    lengths_B: Tensor | None,
     t: int,
     x_t: int,
     j: int,
@@ -488,7 +523,8 @@ def unit_forward(
 
     Writes the activations (of tanh none: they are h), GRU's s, c and h of step t + 1, and of what the next products
     read: before_LHTB [L, H, T + 1, B] at t + 1 and, where what passes up is not just h, below_LHTB [L - 1, H, T, B]
-    at t, both narrow. passed_LHB: with residual, what each layer passes up at this step.
+    at t, both narrow. passed_LHB: with residual, what each layer passes up at this step. Rows that lengths_B says have
+    no step x_t keep their c and h.
     """
     B, T = hs_TLHB.shape[-1], before_LHTB.shape[2] - 1
     grid, meta = _blocks(_load(), plan, B)
@@ -498,7 +534,8 @@ def unit_forward(
         mask_LHB = below_LHTB = None
     _unit_forward[grid](
         bias_LK, *read, below_KB, candidate.matrix, unit_MB, hidden_bias_LH, hs_TLHB, cs_TLHB, activations_TLGHB,
-        s_TLHB, before_LHTB, passed_LHB, mask_LHB, below_LHTB, t, x_t, j, candidate.first, second, X_ROW, T, B,
+        s_TLHB, before_LHTB, passed_LHB, mask_LHB, below_LHTB, lengths_B, t, x_t, j, candidate.first, second,
+        X_ROW, T, B,
         L=plan.num_layers, H=plan.hidden_size, G=GATES[plan.unit], K=plan.rows,
         IS_BOTTOM=j == 0, **meta,
     )  # fmt: skip
@@ -523,15 +560,18 @@ def unit_backward(
     d_s_LHTB: Tensor | None,
     candidate_copy: Rows | None,
     unit_copy: Rows | None,
+    lengths_B: Tensor | None,
     t: int,
+    x_t: int,
     j: int,
 ) -> None:
     """Layer j's unit at step t, back: the gradient of its pre-activation, rows [0, G * H) of d_LKTB.
 
     The gradient of h has parts: of the output; of what is above (d_above, the product of layer j + 1 with its `below`,
     under the mask, and with residual what layer j + 1 passes up, d_passed); of step t + 1 (d_gated, d_all, d_own).
-    d_through: GRU's, through z; read, then written for step t - 1, as is d_c. d_s: GRU's own. The copies are for the
-    products after the step: the gradient of the candidate's recurrent sum, those of the unit gates.
+    d_through: GRU's, through z, and with lengths that of rows that have no step x_t; read, then written for step t - 1,
+    as is d_c. d_s: GRU's own. The copies are for the products after the step: the gradient of the candidate's recurrent
+    sum, those of the unit gates.
     """
     T, B = d_LKTB.shape[2:]
     grid, meta = _blocks(_load(), plan, B)
@@ -539,8 +579,8 @@ def unit_backward(
     unit_MB, copy_second = unit_copy or (None, 0)
     _unit_backward[grid](
         hs_TLHB, cs_TLHB, activations_TLGHB, s_TLHB, d_y_TYB, d_above_HB, mask_LHB, d_passed_LHB, d_gated_LHB,
-        d_all_LHB, d_own_LHB, d_through_LHB, d_c_LHB, d_LKTB, d_s_LHTB, candidate_MB, unit_MB, t, j, copy_first,
-        copy_second, T, B,
+        d_all_LHB, d_own_LHB, d_through_LHB, d_c_LHB, d_LKTB, d_s_LHTB, candidate_MB, unit_MB, lengths_B, t, x_t, j,
+        copy_first, copy_second, T, B,
         L=plan.num_layers, H=plan.hidden_size, G=GATES[plan.unit], K=plan.rows,
         IS_TOP=j == plan.num_layers - 1, OUTPUT_SKIPS=plan.output_skips, **meta,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The language model around the recurrent net: symbols in, logits of the next symbol out.
+"""Models of symbols around the recurrent net: one that reads them, and one that says what comes next.
 
 Legend: T steps, B rows, V symbols, E embedding width, Y width of the net's output.
 """
@@ -17,8 +17,8 @@ from gfrnn.nn.noise import PLACE_OUTPUT, Noise
 from gfrnn.nn.rnn import GatedFeedbackRNN, State
 
 
-class LanguageModel(nn.Module):
-    """`logits, state = model(symbols, state)`: symbols int64 [T, B] -> logits [T, B, V].
+class SymbolRNN(nn.Module):
+    """The net of the settings, fed symbols one-hot or through an embedding.
 
     Args:
         settings: sizes and options.
@@ -66,7 +66,39 @@ class LanguageModel(nn.Module):
             )
             if settings.forget_bias:
                 self.rnn.set_forget_bias(settings.forget_bias)
-        self.softmax = nn.Linear(self.rnn.output_size, V)
+
+    def read(
+        self,
+        symbols_TB: Tensor,
+        state: State | None = None,
+        *,
+        lengths_B: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> tuple[Tensor, State]:
+        """Symbols int64 [T, B], of each row the first so many, and the net's state (None: zeros) -> y, next state."""
+        x = symbols_TB if self.embedding is None else self.embedding(symbols_TB)
+        y_TBY, state = self.rnn(x, state, lengths=lengths_B, noise=noise)
+        return y_TBY, state
+
+    def zero_state(self, batch: int, device: torch.device | str = "cpu") -> State:
+        """The state that every text starts from."""
+        h = torch.zeros(self.rnn.num_layers, batch, self.rnn.hidden_size, device=device)
+        return (h, h.clone()) if self.settings.unit == "lstm" else h
+
+
+class LanguageModel(SymbolRNN):
+    """`logits, state = model(symbols, state)`: symbols int64 [T, B] -> logits [T, B, V]. Arguments as SymbolRNN's."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        recompute: int = 0,
+        cuda: str = "graphs",
+    ):
+        super().__init__(settings, compute_dtype=compute_dtype, recompute=recompute, cuda=cuda)
+        self.softmax = nn.Linear(self.rnn.output_size, settings.vocab_size)
         nn.init.zeros_(self.softmax.bias)
 
     def forward(
@@ -76,24 +108,8 @@ class LanguageModel(nn.Module):
         p = self.settings.output_dropout
         if self.training and noise is None and p:
             noise = Noise.fresh(symbols_TB.shape[1], symbols_TB.device)
-        x = symbols_TB if self.embedding is None else self.embedding(symbols_TB)
-        y_TBY, state = self.rnn(x, state, noise=noise)
+        y_TBY, state = self.read(symbols_TB, state, noise=noise)
         if self.training and noise is not None and p:
             y_TBY = y_TBY * noise.row_mask(PLACE_OUTPUT, y_TBY.shape[-1], p).to(y_TBY.dtype)
         weight, bias = self.softmax.weight, self.softmax.bias
         return F.linear(y_TBY, weight.to(y_TBY.dtype), bias.to(y_TBY.dtype)), state
-
-    def zero_state(self, batch: int, device: torch.device | str = "cpu") -> State:
-        """The state that every text starts from."""
-        h = torch.zeros(self.rnn.num_layers, batch, self.rnn.hidden_size, device=device)
-        return (h, h.clone()) if self.settings.unit == "lstm" else h
-
-
-def build_language_model(
-    settings: ModelSettings, dtype: str, seed: int, *, recompute: int = 0, cuda: str = "graphs"
-) -> LanguageModel:
-    """A freshly initialised model; the same seed gives the same weights on every machine and process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        compute_dtype = torch.bfloat16 if dtype == "bf16" else None
-        return LanguageModel(settings, compute_dtype=compute_dtype, recompute=recompute, cuda=cuda)

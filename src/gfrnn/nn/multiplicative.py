@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfrnn.nn.inputs import read_input
+from gfrnn.nn.lengths import check_lengths, zero_past_end
 from gfrnn.nn.noise import PLACE_WEIGHT, Noise
 
 
@@ -60,13 +61,18 @@ class MultiplicativeRNN(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(
-        self, input: Tensor, state: Tensor | None = None, *, noise: Noise | None = None
+        self, input: Tensor, state: Tensor | None = None, *, lengths: Tensor | None = None, noise: Noise | None = None
     ) -> tuple[Tensor, Tensor]:
-        """input [T, B, I] or integers [T, B]; state h [1, B, H] or None. Returns output [T, B, H] and h [1, B, H]."""
+        """input [T, B, I] or integers [T, B]; state h [1, B, H] or None. Returns output [T, B, H] and h [1, B, H].
+
+        lengths: as GatedFeedbackRNN's. Raises ValueError for shapes that do not fit.
+        """
         symbols = not input.is_floating_point()
         if input.dim() != (2 if symbols else 3):
             raise ValueError(f"input has shape {tuple(input.shape)}; expected [T, B{', I' * (not symbols)}]")
-        B = input.shape[1]
+        T, B = input.shape[:2]
+        if lengths is not None:
+            check_lengths(lengths, T, B, input.device)
         if not self.training:
             noise = None
         elif noise is None and (self.input_dropout or self.weight_dropout):
@@ -88,8 +94,10 @@ class MultiplicativeRNN(nn.Module):
         weight_mh, weight_hm = weight_mh.to(narrow), weight_hm.to(narrow)
         h_BH = x_TB2H.new_zeros(B, self.hidden_size) if state is None else state[0].to(wide)
         outputs = []
-        for to_h_BH, to_m_BH in zip(to_h_TBH.unbind(0), to_m_TBH.unbind(0), strict=True):
+        for t, (to_h_BH, to_m_BH) in enumerate(zip(to_h_TBH.unbind(0), to_m_TBH.unbind(0), strict=True)):
             m_BH = to_m_BH * F.linear(h_BH.to(narrow), weight_mh).to(wide)
-            h_BH = torch.tanh(to_h_BH + F.linear(m_BH.to(narrow), weight_hm).to(wide))
+            next_BH = torch.tanh(to_h_BH + F.linear(m_BH.to(narrow), weight_hm).to(wide))
+            h_BH = next_BH if lengths is None else torch.where((lengths > t).unsqueeze(1), next_BH, h_BH)
             outputs.append(h_BH)
-        return torch.stack(outputs), h_BH.unsqueeze(0)
+        y_TBH = torch.stack(outputs)
+        return y_TBH if lengths is None else zero_past_end(y_TBH, lengths), h_BH.unsqueeze(0)

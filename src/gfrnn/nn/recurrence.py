@@ -22,6 +22,7 @@ from gfrnn.nn.fused import FusedSteps, Left
 from gfrnn.nn.gradients import LayerToken, NormGradients, Slopes, WeightGradients
 from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import InputPart
+from gfrnn.nn.lengths import zero_past_end
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.steps import Steps, passed_up
 
@@ -35,6 +36,7 @@ def recurrence(
     h_BLH: Tensor,
     c_BLH: Tensor | None,
     below_mask_LBH: Tensor | None,
+    lengths_B: Tensor | None,
     weights: list[LayerWeights],
     graphs: Graphs | None = None,
     fused: bool = True,
@@ -50,7 +52,7 @@ def recurrence(
     tokens = [token(gradients, j, *layer) for j, layer in enumerate(weights)]
     run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
     runner = partial(_runner, plan, graphs, fused)
-    return run(plan, runner, gradients, weights, *x, h_BLH, c_BLH, below_mask_LBH, *tokens)
+    return run(plan, runner, gradients, weights, *x, h_BLH, c_BLH, below_mask_LBH, lengths_B, *tokens)
 
 
 class Trace(Protocol):
@@ -79,6 +81,7 @@ def _runner(
     fused: bool,
     weights: list[LayerWeights],
     mask_LHB: Tensor | None,
+    lengths_B: Tensor | None,
     dtype: torch.dtype,
     *,
     backward: bool,
@@ -86,10 +89,10 @@ def _runner(
     """What runs one call's steps. backward: whether it will be asked to run them back."""
     device = weights[0].bias.device
     if not fused or not kernels.usable(plan, device, dtype):
-        return Steps(plan, weights, mask_LHB, dtype)
+        return Steps(plan, weights, mask_LHB, lengths_B, dtype)
     if graphs is None or not graphs.usable(device):
-        return FusedSteps(plan, Left(plan, weights, plan.compute_dtype or dtype), mask_LHB, dtype)
-    return graphs.take(plan, weights, mask_LHB, dtype, backward=backward)
+        return FusedSteps(plan, Left(plan, weights, plan.compute_dtype or dtype), mask_LHB, lengths_B, dtype)
+    return graphs.take(plan, weights, mask_LHB, lengths_B, dtype, backward=backward)
 
 
 class Recurrence(torch.autograd.Function):
@@ -108,12 +111,14 @@ class Recurrence(torch.autograd.Function):
         h_BLH: Tensor,
         c_BLH: Tensor | None,
         mask_LBH: Tensor | None,
+        lengths_B: Tensor | None,
         *tokens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x = InputPart(columns, symbols_TB, scale_TB)
         T, B = x.sizes
         mask_LHB = mask_LBH.transpose(1, 2).contiguous() if mask_LBH is not None else None
-        runner = make_runner(weights, mask_LHB, columns.dtype, backward=any(ctx.needs_input_grad[-len(tokens) :]))
+        backward = any(ctx.needs_input_grad[-len(tokens) :])
+        runner = make_runner(weights, mask_LHB, lengths_B, columns.dtype, backward=backward)
         h_LHB = h_BLH.permute(1, 2, 0)
         c_LHB = c_BLH.permute(1, 2, 0) if c_BLH is not None else None
         y_TBY = columns.new_empty(T, B, plan.hidden_size * (plan.num_layers if plan.output_skips else 1))
@@ -127,10 +132,12 @@ class Recurrence(torch.autograd.Function):
             y_TBY[begin : begin + at_once] = _output(plan, trace.hs_TLHB[1:]).transpose(1, 2)
             h_LHB = trace.hs_TLHB[-1].clone()  # not a view, which would keep all of the trace
             c_LHB = trace.cs_TLHB[-1].clone() if plan.has_cell else None
+        if lengths_B is not None:
+            zero_past_end(y_TBY, lengths_B)
         ctx.plan, ctx.make_runner, ctx.gradients, ctx.mask_LHB = plan, make_runner, gradients, mask_LHB
         ctx.starts, ctx.runner, ctx.trace = starts, runner, trace
-        # the state, of which starts has views, to know that nobody changes it
-        ctx.save_for_backward(*x, h_BLH, c_BLH, *(tensor for layer in weights for tensor in layer))
+        # the state, of which starts has views, and the lengths to know that nobody changes them
+        ctx.save_for_backward(*x, h_BLH, c_BLH, lengths_B, *(tensor for layer in weights for tensor in layer))
         return (
             y_TBY,
             h_LHB.permute(2, 0, 1).contiguous(),
@@ -141,7 +148,7 @@ class Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y_TBY: Tensor, d_h_last_BLH: Tensor, d_c_last_BLH: Tensor | None) -> tuple[Any, ...]:
         plan: Plan = ctx.plan
-        columns, symbols_TB, scale_TB, _, _, *flat = ctx.saved_tensors
+        columns, symbols_TB, scale_TB, _, _, lengths_B, *flat = ctx.saved_tensors
         x = InputPart(columns, symbols_TB, scale_TB)
         weights = [LayerWeights(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
         T = x.sizes[0]
@@ -152,7 +159,7 @@ class Recurrence(torch.autograd.Function):
         gradients: WeightGradients = ctx.gradients
         # taken, so that they are freed as they are used; a second backward of a retained graph computes the trace again
         trace: Trace | None = ctx.trace
-        runner: Runner = ctx.runner or ctx.make_runner(weights, ctx.mask_LHB, columns.dtype, backward=True)
+        runner: Runner = ctx.runner or ctx.make_runner(weights, ctx.mask_LHB, lengths_B, columns.dtype, backward=True)
         ctx.trace = ctx.runner = None
         tokens = ctx.needs_input_grad[-plan.num_layers :]
         gradients.start(weights, {j for j, needed in enumerate(tokens) if needed})
@@ -173,7 +180,7 @@ class Recurrence(torch.autograd.Function):
         d_c_BLH = d_c_LHB.permute(2, 0, 1) if plan.has_cell else None
         token = d_columns.new_zeros(())
         return (
-            *(None, None, None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None),
+            *(None, None, None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, None),
             *(token for _ in tokens),
         )
 

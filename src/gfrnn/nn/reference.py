@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfrnn.nn.inputs import InputPart
+from gfrnn.nn.lengths import zero_past_end
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.units import NORM_EPS
 
@@ -23,21 +24,24 @@ def recurrence_reference(
     h_BLH: Tensor,
     c_BLH: Tensor | None,
     below_mask_LBH: Tensor | None,
+    lengths_B: Tensor | None,
     weights: list[LayerWeights],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs T steps.
 
     x: the input's part of the pre-activations of layer 0, or of every layer with input skips.
     below_mask_LBH: [L - 1, B, H] dropout masks on what layer j reads from layer j - 1.
+    lengths_B: int64, steps that each row has (lengths.py); None: all.
     Returns y [T, B, H] ([T, B, L * H] with output skips), h [B, L, H], c [B, L, H] or None.
     """
     L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
     h = list(h_BLH.unbind(1))
     c = list(c_BLH.unbind(1)) if c_BLH is not None else []
     outputs = []
-    for x_BN in x.whole().permute(1, 2, 0):
+    for t, x_BN in enumerate(x.whole().permute(1, 2, 0)):
         h_star = torch.cat(h, dim=1)  # all layers at t - 1
         before: list[Tensor] = list(h)
+        c_before = list(c)
         passed_up: list[Tensor] = []
         for j, w in enumerate(weights):
             a = x_BN[:, j * K : (j + 1) * K] if j == 0 or plan.input_skips else x_BN.new_zeros(len(x_BN), K)
@@ -88,4 +92,11 @@ def recurrence_reference(
                 h[j] = torch.tanh(squash(a[:, :H] + s, slice(0, H)))
             passed_up.append(h[j] + passed_up[j - 1] if plan.residual and j > 0 else h[j])
         outputs.append(torch.cat(passed_up, dim=1) if plan.output_skips else passed_up[-1])
-    return torch.stack(outputs), torch.stack(h, dim=1), torch.stack(c, dim=1) if c else None
+        if lengths_B is not None:
+            ended_B1 = (lengths_B <= t).unsqueeze(1)
+            h = [torch.where(ended_B1, old, new) for old, new in zip(before, h, strict=True)]
+            c = [torch.where(ended_B1, old, new) for old, new in zip(c_before, c, strict=True)]
+    y_TBY = torch.stack(outputs)
+    if lengths_B is not None:
+        y_TBY = zero_past_end(y_TBY, lengths_B)
+    return y_TBY, torch.stack(h, dim=1), torch.stack(c, dim=1) if c else None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gfrnn.config import GATES, Feedback, UnitGates
 from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import read_input
+from gfrnn.nn.lengths import check_lengths
 from gfrnn.nn.noise import PLACE_BELOW, PLACE_WEIGHT, Noise
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.recurrence import recurrence
@@ -174,20 +175,26 @@ class GatedFeedbackRNN(nn.Module):
         for j in range(self.num_layers):
             self.get_parameter(f"bias_l{j}").data[2 * H : 3 * H] = value
 
-    def forward(self, input: Tensor, state: State | None = None, *, noise: Noise | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, input: Tensor, state: State | None = None, *, lengths: Tensor | None = None, noise: Noise | None = None
+    ) -> tuple[Tensor, State]:
         """Runs T steps.
 
         Args:
             input: [T, B, I] ([B, T, I] if batch_first, [T, I] unbatched), or integers in 0..I-1 without the last axis,
                 which stand for one-hot vectors and are looked up.
             state: h [L, B, H], for the LSTM (h, c); zeros if None; [L, H] unbatched.
+            lengths: int64 [B], steps of each row, 0 to T, on the input's device; None: all have T. From its end on a
+                row's state stays as it was and its output is zero, whatever (finite) the input is; no gradient comes
+                from there. On CUDA the values are not checked.
             noise: where dropout masks come from; None draws fresh ones, as nn.Dropout does. Unused in eval mode.
 
         Returns:
-            output [T, B, H] ([.., L * H] with output skips) and the state after the last step; fp32 of bf16 parameters.
+            output [T, B, H] ([.., L * H] with output skips) and the state after each row's last step; fp32 of bf16
+            parameters.
 
         Raises:
-            ValueError: shapes that do not fit, no steps, no rows.
+            ValueError: shapes or lengths that do not fit, no steps, no rows, lengths of unbatched input.
         """
         symbols = not input.is_floating_point()
         batched = input.dim() == (2 if symbols else 3)
@@ -202,6 +209,10 @@ class GatedFeedbackRNN(nn.Module):
         T, B = input.shape[:2]
         if T == 0 or B == 0:
             raise ValueError(f"input has no {'steps' if T == 0 else 'rows'}")
+        if lengths is not None:
+            if not batched:
+                raise ValueError("lengths are for batches; unbatched input is as long as it is")
+            check_lengths(lengths, T, B, input.device)
         if self.training and noise is None and (self.dropout or self.input_dropout or self.weight_dropout):
             noise = Noise.fresh(B, input.device)
         if not self.training:
@@ -220,7 +231,7 @@ class GatedFeedbackRNN(nn.Module):
             mask_LBH = torch.stack(masks).to(dtype)
 
         run = recurrence_reference if self.reference else partial(recurrence, graphs=self.graphs, fused=self.fused)
-        y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, weights)
+        y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, lengths, weights)
         h_LBH = h_BLH.transpose(0, 1)
         c_LBH = c_next_BLH.transpose(0, 1) if c_next_BLH is not None else None
         if not batched:

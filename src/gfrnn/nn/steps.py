@@ -20,6 +20,7 @@ from torch import Tensor
 from gfrnn.nn import units
 from gfrnn.nn.gradients import NormGradients, Slopes
 from gfrnn.nn.inputs import InputPart
+from gfrnn.nn.lengths import common_steps
 from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.products import product
 
@@ -95,12 +96,24 @@ class Trace:
 class Steps:
     """Runs steps, and back."""
 
-    def __init__(self, plan: Plan, weights: list[LayerWeights], mask_LHB: Tensor | None, dtype: torch.dtype):
-        """mask_LHB: [L - 1, H, B], on what the layer above reads. dtype: of all that is kept."""
+    def __init__(
+        self,
+        plan: Plan,
+        weights: list[LayerWeights],
+        mask_LHB: Tensor | None,
+        lengths_B: Tensor | None,
+        dtype: torch.dtype,
+    ):
+        """mask_LHB: [L - 1, H, B], on what the layer above reads. lengths_B: of rows. dtype: of all that is kept."""
         self.plan, self.weights, self.mask_LHB, self.dtype = plan, weights, mask_LHB, dtype
+        self.lengths_B, self.common_steps = lengths_B, common_steps(lengths_B) if lengths_B is not None else 0
         self.narrow = plan.compute_dtype or dtype
         self.forward_left: _Left | None = None
         self.backward_left: _Left | None = None
+
+    def _ended(self, t: int) -> Tensor | None:
+        """[B] whether a row has no step t of the input; None if all have it."""
+        return None if self.lengths_B is None or t < self.common_steps else self.lengths_B <= t
 
     def forward(self, x: InputPart, steps: range, h_LHB: Tensor, c_LHB: Tensor | None) -> Trace:
         """From the state before the first of `steps`."""
@@ -176,6 +189,10 @@ class Steps:
                         cell = torch.addcmul(w.cell_bias.unsqueeze(1), now.norms["cell"][0], w.cell_gain.unsqueeze(1))
                     torch.mul(u_UHB[2], torch.tanh(cell), out=h_next)
                 below_HB = h_next + below_HB if plan.residual and j > 0 else h_next
+            ended_B = self._ended(steps[t])
+            if ended_B is not None:  # what such rows computed, from finite numbers, is finite: its gradient is 0
+                for states_TLHB in (hs_TLHB, cs_TLHB)[: 1 + plan.has_cell]:
+                    torch.where(ended_B, states_TLHB[t], states_TLHB[t + 1], out=states_TLHB[t + 1])
         return Trace(steps, hs_TLHB, cs_TLHB, kept)
 
     def backward(
@@ -204,6 +221,9 @@ class Steps:
                 first = max(0, t + 1 - _TRANSPOSED)
                 d_y_TYB = d_y_TBY[first : t + 1].transpose(1, 2).contiguous()
             d_y_YB = d_y_TYB[t - first]
+            ended_B, after = self._ended(trace.steps[t]), (d_h_LHB, d_c_LHB)
+            if ended_B is not None:
+                d_y_YB, d_h_LHB, d_c_LHB = (d.masked_fill(ended_B, 0) for d in (d_y_YB, d_h_LHB, d_c_LHB))
             h_LHB = hs_TLHB[t]
             d_before_LHB = torch.zeros_like(d_h_LHB)
             d_below_HB = d_y_YB[-H:]  # of what layer j passes up
@@ -259,6 +279,8 @@ class Steps:
             if left.ungated is not None:
                 d_before_LHB = _sum(left.ungated, d_ungated_LPB.view(L * P, B), d_before_LHB)
             d_h_LHB = d_before_LHB
+            if ended_B is not None:
+                d_h_LHB, d_c_LHB = (torch.where(ended_B, *pair) for pair in zip(after, (d_h_LHB, d_c_LHB), strict=True))
 
         passed_TLHB = passed_up(plan, hs_TLHB[1:])
 
