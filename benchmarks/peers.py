@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfrnn.config import ModelSettings, sizes
+from gfrnn.config import ModelSettings, model_sizes
 from gfrnn.nn import GatedFeedbackRNN, LanguageModel, build_language_model
 
 
@@ -42,7 +42,7 @@ def language_model(name: str, model: LanguageModel, rows: int, steps: int, devic
         logits, _ = model(symbols[:-1], state)
         return F.cross_entropy(logits.flatten(0, 1), symbols[1:].flatten())
 
-    return Peer(name, model, loss, sizes(settings).train_flops)
+    return Peer(name, model, loss, model_sizes(settings).train_flops)
 
 
 def gated_feedback(

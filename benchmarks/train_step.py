@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gfrnn.cli import keep_freed_memory
-from gfrnn.config import preset, sizes
+from gfrnn.config import model_sizes, preset
 from gfrnn.nn import GatedFeedbackRNN
 from gfrnn.runs import versions
 from gfrnn.training.flops import gemm_peak
@@ -47,7 +47,7 @@ def builders(args: argparse.Namespace, device: torch.device) -> dict[str, Callab
     """Every peer by name, not made yet."""
     model = preset(args.preset).model
     where = (args.rows, args.steps, device)
-    layers, hidden = model.num_layers, stack_size(sizes(model).train_flops // 6, model.num_layers)
+    layers, hidden = model.num_layers, stack_size(model_sizes(model).train_flops // 6, model.num_layers)
     found: dict[str, Callable[[], Peer]] = {}
 
     def add(name: str, make: Callable[[str], Peer]) -> None:

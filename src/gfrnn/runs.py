@@ -30,7 +30,7 @@ from gfrnn.config import Settings, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gfrnn.nn import LanguageModel
+    from gfrnn.nn import Model
 
 TensorsByName = dict[str, "Tensor"]
 
@@ -314,7 +314,7 @@ def _check_content(checkpoint: Checkpoint, path: Path) -> None:
                 raise UserError(f"{path / file}.safetensors is not of the model in weights.safetensors: damaged?")
 
 
-def load_weights(model: LanguageModel, weights: TensorsByName, where: Path | str) -> None:
+def load_weights(model: Model, weights: TensorsByName, where: Path | str) -> None:
     """Loads weights by name into a model; raises UserError if they are another model's."""
     own = model.state_dict()
     for name in sorted({*own, *weights}):
@@ -325,14 +325,14 @@ def load_weights(model: LanguageModel, weights: TensorsByName, where: Path | str
     model.load_state_dict(weights)
 
 
-def load_model(run: str | Path, dtype: str | None = None) -> tuple[LanguageModel, Settings, Path]:
+def load_model(run: str | Path, dtype: str | None = None) -> tuple[Model, Settings, Path]:
     """The model of RUN with its best weights (averages where kept), its settings and the checkpoint's folder."""
-    from gfrnn.nn import build_language_model
+    from gfrnn.nn import build_model
 
     path = find_checkpoint(run)
     checkpoint = load_checkpoint(path, weights_only=True)
     settings = Settings.from_json(checkpoint.trainer["settings"])
-    model = build_language_model(settings.model, dtype or settings.batch.dtype, settings.seed)
+    model = build_model(settings, dtype)
     load_weights(model, checkpoint.best_weights, path)
     return model.eval(), settings, path
 

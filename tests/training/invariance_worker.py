@@ -1,6 +1,6 @@
 """One process of W that trains every (stage, accumulation) asked for, one after another, each in its own run folder.
 
-argv: folder, dtype, then STAGE:ACCUMULATION[:RESUME_FROM] ...
+argv: folder, task, dtype, then STAGE:ACCUMULATION[:RESUME_FROM] ...
 RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment.
 """
 
@@ -13,9 +13,10 @@ from typing import Literal, cast
 
 import torch.distributed as dist
 
-from gfrnn.config import ModelSettings, OptimizerSettings, Settings, preset
-from gfrnn.data import load_text
+from gfrnn.config import OptimizerSettings, ProgramSettings, Settings, Task, preset
+from gfrnn.data import load_corpus
 from gfrnn.runs import RunFolder
+from gfrnn.training import curriculum
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config
 from gfrnn.training.engine import init_distributed
 from gfrnn.training.loop import Trainer
@@ -24,17 +25,21 @@ Dtype = Literal["fp32", "bf16"]
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
-def settings_for(output_dir: Path, accumulation: int, dtype: Dtype) -> Settings:
+def settings_for(output_dir: Path, task: Task, accumulation: int, dtype: Dtype) -> Settings:
     """Everything random or stateful switched on; 5 rows, so that 2 and 3 processes need padding."""
-    demo = preset("demo")
+    demo = preset("demo" if task == "text" else "programs-demo")
     return dataclasses.replace(
         demo,
         output_dir=output_dir,
         seed=3,
-        model=ModelSettings(
+        data=dataclasses.replace(demo.data, data_dir=output_dir.parent / "data"),
+        programs=ProgramSettings(nesting=2, length=3, curriculum="blend", level_programs=60, valid_programs=40),
+        model=dataclasses.replace(
+            demo.model,
             num_layers=2,
             hidden_size=16,
             output_skips=True,
+            layer_norm=False,
             dropout=0.2,
             input_dropout=0.1,
             output_dropout=0.1,
@@ -58,7 +63,7 @@ def settings_for(output_dir: Path, accumulation: int, dtype: Dtype) -> Settings:
         run=dataclasses.replace(
             demo.run,
             max_updates=60,
-            valid_every=20,
+            valid_every=20 if task == "text" else 4,  # a curriculum's checks
             valid_bytes=2000,
             eval_streams=48,
             eval_warmup=30,
@@ -71,24 +76,25 @@ def settings_for(output_dir: Path, accumulation: int, dtype: Dtype) -> Settings:
 
 
 def main() -> None:
-    folder, dtype, jobs = Path(sys.argv[1]), cast(Dtype, sys.argv[2]), sys.argv[3:]
+    folder, task, dtype, jobs = Path(sys.argv[1]), cast(Task, sys.argv[2]), cast(Dtype, sys.argv[3]), sys.argv[4:]
+    curriculum.LEARNED = 0.4  # so that a level takes few updates
     device = init_distributed()
     for job in jobs:
         stage, accumulation, *resume = job.split(":")
         output_dir = folder / f"z{stage}-w{dist.get_world_size()}-a{accumulation}{'-resumed' * bool(resume)}"
-        settings = settings_for(output_dir, int(accumulation), dtype)
-        text = load_text(settings.data)
+        settings = settings_for(output_dir, task, int(accumulation), dtype)
+        corpus = load_corpus(settings)
         config = load_ds_config(CONFIGS / f"z{stage}.json")
         ds_config = resolve_ds_config(config, settings, world_size=dist.get_world_size())
         run = RunFolder(output_dir)
         if dist.get_rank() == 0:
-            run.create(settings, ds_config, text.md5)
+            run.create(settings, ds_config, corpus.md5)
             if resume:  # a checkpoint of another run, as if this one had been interrupted there
                 source = folder / resume[0] / "checkpoints" / "step-00000025"
                 shutil.copytree(source, run.checkpoints / source.name)
                 (run.checkpoints / "latest").write_text(source.name)
         dist.barrier()
-        Trainer(settings, ds_config, run, text, device).fit()
+        Trainer(settings, ds_config, run, corpus, device).fit()
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -28,8 +28,8 @@ def name_of(stage: int, processes: int, accumulation: int) -> str:
     return f"z{stage}-w{processes}-a{accumulation}"
 
 
-def run_workers(folder: Path, processes: int, jobs: list[str], dtype: str = "fp32") -> None:
-    for process in start_ranks([WORKER, folder, dtype, *jobs], processes):
+def run_workers(folder: Path, processes: int, jobs: list[str], dtype: str = "fp32", task: str = "text") -> None:
+    for process in start_ranks([WORKER, folder, task, dtype, *jobs], processes):
         _, err = process.communicate(timeout=500)
         assert process.returncode == 0, err[-3000:]
 
@@ -91,3 +91,51 @@ def test_bf16_differs_by_its_roundings_alone(tmp_path):
     for other in (name_of(2, 1, 2), name_of(2, 2, 1), name_of(2, 2, 2)):
         assert largest_difference(losses(tmp_path / other), losses(reference)) <= 5e-4  # 1.2e-4 on the machine at hand
         assert largest_difference(validations(tmp_path / other), validations(reference)) <= 5e-4
+
+
+# ------------------------------------------------------------------------------------------------- programs
+
+PROGRAM_RUNS = ((0, 1, 1), (0, 1, 2), (2, 2, 1), (1, 2, 2), (3, 3, 1))
+PROGRAM_RESUMES = [((0, 1, 1), (0, 1, 1)), ((2, 2, 1), (2, 2, 1)), ((0, 1, 1), (3, 2, 2)), ((2, 2, 1), (0, 3, 1))]
+
+
+@pytest.fixture(scope="module")
+def program_runs(tmp_path_factory) -> Path:
+    """Padded batches of a curriculum whose level changes on the way."""
+    folder = tmp_path_factory.mktemp("programs")
+    for processes in PROCESSES:
+        jobs = [f"{stage}:{a}" for stage, w, a in PROGRAM_RUNS if w == processes]
+        jobs += [f"{s}:{a}:{name_of(*saved)}" for saved, (s, w, a) in PROGRAM_RESUMES if w == processes]
+        run_workers(folder, processes, jobs, task="programs")
+    return folder
+
+
+def levels(run: Path) -> dict[int, tuple[float, float]]:
+    return {x["step"]: (x["level_length"], x["level_nesting"]) for x in metrics(run) if "level_length" in x}
+
+
+def test_the_level_changes_and_programs_are_learned(program_runs):
+    run = program_runs / name_of(0, 1, 1)
+    assert len(set(levels(run).values())) > 1
+    assert losses(run)[60] < 0.9 * losses(run)[1]
+    assert all(0 <= line["train_accuracy"] <= 1 for line in metrics(run) if "train_accuracy" in line)
+
+
+@pytest.mark.parametrize("other", PROGRAM_RUNS[1:])
+def test_same_losses_of_programs(program_runs, other):
+    reference, run = program_runs / name_of(0, 1, 1), program_runs / name_of(*other)
+    assert len(losses(run)) == 60
+    assert levels(run) == levels(reference)
+    assert largest_difference(losses(run), losses(reference)) <= 1e-5
+    assert largest_difference(validations(run), validations(reference)) <= 1e-5
+
+
+@pytest.mark.parametrize(("saved", "resumed"), PROGRAM_RESUMES)
+def test_same_losses_of_programs_after_resume(program_runs, saved, resumed):
+    whole, rest = program_runs / name_of(*saved), program_runs / f"{name_of(*resumed)}-resumed"
+    assert sorted(losses(rest)) == list(range(26, 61))
+    if saved == resumed:
+        assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 25}
+    assert {step: level for step, level in levels(whole).items() if step > 25} == levels(rest)
+    assert largest_difference(losses(rest), losses(whole)) <= 1e-5
+    assert largest_difference(validations(rest), validations(whole)) <= 1e-5

@@ -13,14 +13,14 @@ import torch
 
 from gfrnn import cli
 from gfrnn.config import ModelSettings, Settings, preset, presets, sizes
-from gfrnn.nn import GatedFeedbackRNN, build_language_model
+from gfrnn.nn import GatedFeedbackRNN, MultiplicativeRNN, build_model
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config
-from gfrnn.training.memory import Estimate, Network, estimate
+from gfrnn.training.memory import Estimate, estimate, networks_memory
 from launch import ROOT, script, summary, train
 
 LSTM = preset("gf-lstm-5x700").model
 MODELS = {
-    **{name: settings.model for name, settings in presets().items()},
+    **{name: settings.model for name, settings in presets().items() if settings.task == "text"},
     "own gates": dataclasses.replace(LSTM, unit_gates="own", num_layers=3, hidden_size=20),
     "no input skips": dataclasses.replace(LSTM, input_skips=False, num_layers=3, hidden_size=20),
     "embedding": dataclasses.replace(LSTM, embedding_size=30, num_layers=3, hidden_size=20),
@@ -43,14 +43,31 @@ def estimated(settings: Settings, stage: int = 0, world_size: int = 1) -> Estima
 def test_counts_are_the_modules(name: str) -> None:
     settings = settings_of(MODELS[name])
     with torch.device("meta"):
-        model = build_language_model(settings.model, "fp32", 0)
-    network = Network(settings, rows=4, world_size=1)
-    assert sizes(settings.model).total == sum(p.numel() for p in model.parameters())
-    assert network.largest == max(p.numel() for p in model.parameters())
-    if isinstance(model.rnn, GatedFeedbackRNN):  # transposed for backward is all but what the input meets
-        layers, _ = model.rnn._weights(None)
-        matrices = [w for layer in layers for w in (layer.below, layer.candidate, layer.unit, layer.gates)]
-        assert network.transposed == 4 * sum(w.numel() for w in matrices if w is not None)
+        model = build_model(settings)
+    assert sizes(settings).total == sum(p.numel() for p in model.parameters())
+    assert networks_memory(settings, rows=4, world_size=1).transposed == 4 * transposed(model)
+
+
+@pytest.mark.parametrize("name", [name for name, settings in presets().items() if settings.task == "programs"])
+def test_counts_of_programs_are_the_modules(name: str) -> None:
+    settings = presets()[name]
+    with torch.device("meta"):
+        model = build_model(settings)
+    assert sizes(settings).total == sum(p.numel() for p in model.parameters())
+    assert networks_memory(settings, rows=4, world_size=1).transposed == 4 * transposed(model)
+
+
+def transposed(model: torch.nn.Module) -> int:
+    """Weights that are transposed for backward: all but what the input meets."""
+    total = 0
+    for rnn in model.modules():
+        if isinstance(rnn, GatedFeedbackRNN):
+            layers, _ = rnn._weights(None)
+            matrices = [w for layer in layers for w in (layer.below, layer.candidate, layer.unit, layer.gates)]
+            total += sum(w.numel() for w in matrices if w is not None)
+        elif isinstance(rnn, MultiplicativeRNN):
+            total += rnn.weight_mh.numel() + rnn.weight_hm.numel()
+    return total
 
 
 def test_what_takes_less() -> None:

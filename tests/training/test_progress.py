@@ -15,18 +15,18 @@ from launch import environment
 PROGRAM = """
 from gfrnn.training.progress import TrainingProgress
 with TrainingProgress(40, 30, enabled=True) as progress:
-    progress.show(35, 1.23456, 98765.4, 0.5)
+    progress.show(35, "1.235 BPC", 98765.4, 0.5)
     progress.say("validation [1/2] 1.2")
-    progress.show(40, 1.2, 98765.4, 0.5)
+    progress.show(40, "1.2 BPC", 98765.4, 0.5)
 """
 
 
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with TrainingProgress(total=100, done=50, enabled=True) as progress:
         for step in (51, 52, 99):
-            progress.show(step, 1.23456, 98765.4, 0.123)
+            progress.show(step, "1.235 BPC", 98765.4, 0.123)
         progress.say("validation")
-        progress.show(100, 1.2, 98765.4, 0.123)
+        progress.show(100, "1.2 BPC", 98765.4, 0.123)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("update 51/100  1.235 BPC  98,765 characters/s  MFU 12%  0:00:0")
     assert lines[1] == "validation"
@@ -41,13 +41,13 @@ def test_time_left_counts_from_where_the_run_was_resumed(
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     progress = TrainingProgress(total=10_000, done=1000, enabled=True)
     clock[0] += 100
-    progress.show(1100, 1.0, 1.0, 0.1)
+    progress.show(1100, "1.0 BPC", 1.0, 0.1)
     assert capsys.readouterr().err.strip().endswith("2:28:20 left")
 
 
 def test_only_one_process_speaks(capsys: pytest.CaptureFixture[str]) -> None:
     with TrainingProgress(total=2, done=0, enabled=False) as progress:
-        progress.show(2, 1.0, 1.0, 0.1)
+        progress.show(2, "1.0 BPC", 1.0, 0.1)
         progress.say("validation")
     assert capsys.readouterr() == ("", "")
 

@@ -1,23 +1,20 @@
 """From a running trainer to a Checkpoint and back, whatever the ZeRO stage and the number of processes.
 
 Every rank calls all of it: what gathers is collective, and weights, moments and averages arrive on rank 0.
-Legend: L layers, B rows of a micro-batch, R global rows, H units.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from gfrnn.config import RunFailed, Settings, UserError
-from gfrnn.data import Streams
-from gfrnn.nn import LanguageModel, State
 from gfrnn.runs import Checkpoint, RunFolder, TensorsByName
 from gfrnn.training.shards import Average, Shards
 
@@ -28,7 +25,10 @@ _PREFIX = "model."  # of parameter names in SegmentLoss; a checkpoint has those 
 class Window:
     """Sums since the last logged line."""
 
-    bits: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
+    """Of the updates' means."""
+    characters: int = 0
+    flops: int = 0
     updates: int = 0
     seconds: float = 0.0
     overhead_seconds: float = 0.0
@@ -43,7 +43,10 @@ class Position:
     """Updates done."""
     wall_clock_s: float = 0.0
     """Seconds of training so far, restarts included."""
-    best_bpc: float | None = None
+    characters: int = 0
+    """Read so far."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Figures of the best validation; none before the first."""
     best_step: int = 0
     without_best: int = 0
     """Validations since the best one."""
@@ -60,12 +63,15 @@ def gather_checkpoint(
     settings: Settings,
     shards: Shards,
     average: Average | None,
-    states: Sequence[State],
-    streams: Streams,
+    state: TensorsByName,
+    values: dict[str, Any],
     mlflow_run_id: str | None,
     corpus_md5: str,
 ) -> Checkpoint:
-    """Everything that must survive a restart; counts of the optimizer and the average go into `position` first."""
+    """Everything that must survive a restart; counts of the optimizer and the average go into `position` first.
+
+    state, values: the task's.
+    """
     moments, position.optimizer_step = shards.optimizer_state(on_all_ranks=False)
     averages = None
     if average is not None and average.count:
@@ -75,12 +81,13 @@ def gather_checkpoint(
         weights=_model_names(shards.weights(on_all_ranks=False)),
         optimizer={key: _model_names(full) for key, full in moments.items()},
         averages=averages,
-        state=_gather_state(states, streams),
+        state=state,
         trainer={
             "position": dataclasses.asdict(position),
             "settings": settings.to_json(),
             "mlflow_run_id": mlflow_run_id,
             "corpus_md5": corpus_md5,
+            **values,
         },
     )
 
@@ -146,46 +153,3 @@ def _model_names(full: TensorsByName) -> TensorsByName:
 
 def _engine_names(full: TensorsByName) -> TensorsByName:
     return {_PREFIX + name: tensor for name, tensor in full.items()}
-
-
-def _gather_state(states: Sequence[State], streams: Streams) -> TensorsByName:
-    """The carried state by global row: h (and c) [L, R, H]."""
-    full: TensorsByName = {}
-    for key, parts in _by_key(states).items():
-        L, _, H = parts[0].shape
-        whole = parts[0].new_zeros(L, streams.rows, H)
-        for micro, part in enumerate(parts):
-            rows, own = _own_rows(streams, micro)
-            whole[:, rows] = part[:, own]
-        dist.all_reduce(whole)  # every row belongs to one process, the others have zeros
-        full[key] = whole.cpu()
-    return full
-
-
-def scatter_state(
-    full: TensorsByName, model: LanguageModel, streams: Streams, accumulation: int, device: torch.device
-) -> list[State]:
-    """Each micro-batch's slice of a checkpoint's carried state; padding rows start at zero."""
-    states = []
-    for micro in range(accumulation):
-        state = model.zero_state(streams.rows_per_micro, device)
-        rows, own = _own_rows(streams, micro)
-        for key, (part,) in _by_key([state]).items():
-            L, _, H = part.shape
-            if key not in full or full[key].shape != (L, streams.rows, H):
-                raise UserError("state.safetensors of the checkpoint is not of this model and --rows: damaged?")
-            part[:, own] = full[key].to(device)[:, rows]
-        states.append(state)
-    return states
-
-
-def _by_key(states: Sequence[State]) -> dict[str, list[Tensor]]:
-    if isinstance(states[0], tuple):
-        return {"h": [s[0] for s in states], "c": [s[1] for s in states]}
-    return {"h": [s for s in states if isinstance(s, Tensor)]}
-
-
-def _own_rows(streams: Streams, micro: int) -> tuple[Tensor, Tensor]:
-    """Global rows of a micro-batch, and their places in it, padding left out."""
-    own = streams.weights(micro) > 0
-    return streams.micro_rows(micro)[own], own

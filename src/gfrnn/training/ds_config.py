@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gfrnn.config import Settings, UserError, sizes
+from gfrnn.config import Settings, UserError, networks
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -222,7 +222,9 @@ class _Resolver:
     @property
     def layer_size(self) -> int:
         """Elements of about a layer's gradients, not so few that messages are all latency."""
-        return max(_SMALLEST_BUCKET, sizes(self.settings.model).recurrent // self.settings.model.num_layers)
+        return max(
+            _SMALLEST_BUCKET, max(part.recurrent for part in networks(self.settings)) // self.settings.model.num_layers
+        )
 
     def names(self, path: str, section: Any, known: Iterable[str]) -> None:
         """Refuse names that DeepSpeed does not have; the section itself may be missing."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gfrnn.cli import parse, run
+from gfrnn.cli import parse, run, say
 from gfrnn.config import Settings, UserError
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ _SEAM_BYTES = 1000  # that a stream reads on into the next piece, to measure wha
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Bits per character of a trained model on held-out text."""
+    """Bits per character of a trained model on held-out text; of a model of programs, its accuracy by difficulty."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder (its best checkpoint) or a checkpoint folder."""
+    other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")] = ""
+    """Programs: a second run; what the first gains over it is shown too."""
     text_file: Path | None = None
     """Score this file (plain, .gz, .xz, .zip) instead of the corpus' validation and test parts."""
     corpus_file: Path | None = None
@@ -46,6 +48,20 @@ class EvaluateSettings:
     """Pull to the trained weights, a segment."""
     dynamic_steps: int = 20
     """Segment length of dynamic evaluation."""
+    nesting: int = 0
+    """Programs: cells of nesting 1 to this; 0: what the run was trained for."""
+    length: int = 0
+    """Programs: cells of length 1 to this; 0: what the run was trained for."""
+    cell_programs: int = 2000
+    """Programs: so many a cell."""
+    show: int = 0
+    """Programs: also print so many, each with its target and what is predicted."""
+    csv: Path | None = None
+    """Programs: also write the cells to this file."""
+    heat_map: Path | None = None
+    """Programs: also draw the cells, or what the first run gains in each, into this file (.png, .svg, .pdf)."""
+    mlflow: bool = True
+    """Programs: log figures, files and heat map to the run's MLflow run, if it has one."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
     dtype: Literal["run", "fp32", "bf16"] = "run"
@@ -62,16 +78,41 @@ def main() -> None:
 def _main() -> None:
     settings = parse(EvaluateSettings, sys.argv[1:])
     _validate(settings)
-    from gfrnn.runs import write_json
+    from gfrnn.runs import checkpoint_origin, find_checkpoint, write_json
 
-    results = evaluate(settings)
+    trained, corpus_md5 = checkpoint_origin(find_checkpoint(settings.run))  # a wrong path answers before torch
+    for flag in without_effect(settings, trained.task):
+        say(f"note: {flag} has no effect on a model of {trained.task}")
+    if trained.task == "programs":
+        from gfrnn.training.evaluate_programs import evaluate_programs
+
+        evaluate_programs(settings, trained)
+        return
+    if settings.other:
+        raise UserError(f"{settings.run} is a model of text; a second run is compared on programs alone")
+    results = evaluate(settings, trained, corpus_md5)
     if settings.json is not None:
         write_json(settings.json.resolve(), results)  # a link stays one
+
+
+_OF_PROGRAMS = ("nesting", "length", "cell_programs", "show", "csv", "heat_map")
+_OF_TEXT = ("text_file", "corpus_file", "streams", "warmup", "dynamic")
+
+
+def without_effect(settings: EvaluateSettings, task: str) -> list[str]:
+    """Flags that belong to the other task."""
+    names = _OF_TEXT if task == "programs" else _OF_PROGRAMS
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(settings, name) != defaults[name]]
 
 
 def _validate(settings: EvaluateSettings) -> None:
     """Refuses what cannot work before anything is loaded; raises UserError."""
     for flag, value, least in (
+        ("--cell-programs", settings.cell_programs, 1),
+        ("--nesting", settings.nesting, 0),
+        ("--length", settings.length, 0),
+        ("--show", settings.show, 0),
         ("--streams", settings.streams, 1),
         ("--warmup", settings.warmup, 0),
         ("--dynamic-steps", settings.dynamic_steps, 1),
@@ -84,26 +125,31 @@ def _validate(settings: EvaluateSettings) -> None:
         raise UserError(f"--dynamic-decay is {settings.dynamic_decay}; it must be at most 1")
     if settings.text_file is not None and settings.corpus_file is not None:
         raise UserError("--corpus-file has no effect beside --text-file: leave one of them out")
-    if settings.json is not None:
-        path = settings.json.resolve()
-        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-            raise UserError(f"--json {settings.json}: cannot be written: give a file in a folder that exists")
+    for flag, file in (("--json", settings.json), ("--csv", settings.csv), ("--heat-map", settings.heat_map)):
+        if file is not None:
+            path = file.resolve()
+            if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+                raise UserError(f"{flag} {file}: cannot be written: give a file in a folder that exists")
+    if settings.heat_map is not None and settings.heat_map.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--heat-map {settings.heat_map}: give a name that ends in .png, .svg or .pdf")
 
 
-def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Scores what the settings ask for, prints a table, returns the figures by name."""
+def evaluate(settings: EvaluateSettings, trained: Settings, corpus_md5: str | None) -> dict[str, Any]:
+    """Scores the text that the settings ask for, prints a table, returns the figures by name."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from gfrnn.runs import checkpoint_origin, find_checkpoint, load_checkpoint, load_model
+    from gfrnn.runs import load_checkpoint, load_model
     from gfrnn.training.sample import device_of
 
-    texts = _texts(settings, *checkpoint_origin(find_checkpoint(settings.run)))  # a wrong path answers before torch
+    texts = _texts(settings, trained, corpus_md5)
     device = device_of(settings.device)
+    from gfrnn.nn import LanguageModel
     from gfrnn.training.evaluation import score, score_dynamic
 
     model, _, path = load_model(settings.run, None if settings.dtype == "run" else settings.dtype)
+    assert isinstance(model, LanguageModel)
     model.to(device)
     moments = None
     if settings.dynamic:
@@ -117,7 +163,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     for name, text in texts.items():
         begin = time.perf_counter()
         found: Score
-        with _bar(name) as bar:
+        with progress_bar(name) as bar:
             if settings.dynamic:
                 found = score_dynamic(
                     model,
@@ -175,7 +221,7 @@ def _texts(settings: EvaluateSettings, trained: Settings, corpus_md5: str | None
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[Callable[[float], None]]:
+def progress_bar(name: str) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr, silent where that is no terminal: yields what to call with the part done."""
     from rich.console import Console
     from rich.progress import Progress

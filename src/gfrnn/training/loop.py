@@ -1,4 +1,4 @@
-"""The training loop: segments in; updates, validations and checkpoints out. One Trainer a process.
+"""The training loop: batches in; updates, validations and checkpoints out. One Trainer a process.
 
 What survives a restart is what checkpoint.py gathers; everything random is a function of (seed, update).
 """
@@ -18,10 +18,9 @@ from torch.profiler import record_function
 
 from gfrnn import cli
 from gfrnn.cli import Stopped
-from gfrnn.config import RunFailed, Settings, sizes
-from gfrnn.data import Bytes, Streams, Text
-from gfrnn.nn import Noise, State, build_language_model
-from gfrnn.nn.noise import hash_numbers
+from gfrnn.config import RunFailed, Settings
+from gfrnn.data import Corpus
+from gfrnn.nn import Noise, build_model
 from gfrnn.runs import RunFolder, find_checkpoint, load_checkpoint, load_weights, write_json
 from gfrnn.training import shards as sharding
 from gfrnn.training.checkpoint import (
@@ -30,29 +29,24 @@ from gfrnn.training.checkpoint import (
     best_weights,
     gather_checkpoint,
     restore,
-    scatter_state,
     write_checkpoint,
 )
 from gfrnn.training.ds_config import stage_of
 from gfrnn.training.engine import build_optimizer, initialize
-from gfrnn.training.evaluation import score
 from gfrnn.training.flops import gemm_peak
 from gfrnn.training.memory import peak_resident, resident
-from gfrnn.training.objective import SegmentLoss
 from gfrnn.training.profiling import UpdateProfiler
 from gfrnn.training.progress import TrainingProgress
-from gfrnn.training.sample import generate
 from gfrnn.training.schedule import ExplosionGuard, learning_rate
 from gfrnn.training.stopping import StopFlag
-
-_RESETS = 0x5E5E7  # keeps the random numbers of resets apart from those of masks
+from gfrnn.training.task import make_task
 
 
 class Done(NamedTuple):
     """An update, as all processes agree on it."""
 
-    bpc: float
-    """Bits a counted symbol of the global batch."""
+    figures: dict[str, float]
+    """Means of the global batch over its counted symbols: bpc is bits a symbol."""
     grad_norm: float
     """L2 norm of the global gradient before clipping."""
     rate: float
@@ -62,29 +56,28 @@ class Done(NamedTuple):
 
 
 class Trainer:
-    """Trains one model on one text; `fit` does it all.
+    """Trains one model on one corpus; `fit` does it all.
 
     Resumes from the run folder's latest checkpoint if there is one. The process group must be up.
 
     Args:
-        settings, ds_config: checked and resolved. run: the folder. text: the corpus. device: of this process.
+        settings, ds_config: checked and resolved. run: the folder. corpus: the task's. device: of this process.
     """
 
-    def __init__(self, settings: Settings, ds_config: dict[str, Any], run: RunFolder, text: Text, device: torch.device):
-        self.settings, self.run, self.text, self.device = settings, run, text, device
+    def __init__(
+        self,
+        settings: Settings,
+        ds_config: dict[str, Any],
+        run: RunFolder,
+        corpus: Corpus,
+        device: torch.device,
+    ):
+        self.settings, self.run, self.device = settings, run, device
         self.resident_before = resident()
         self.rank, self.world_size, self.stage = dist.get_rank(), dist.get_world_size(), stage_of(ds_config)
-        batch, optimization = settings.batch, settings.optimization
-        self.streams = Streams(
-            text.train,
-            batch.rows,
-            batch.steps,
-            world_size=self.world_size,
-            rank=self.rank,
-            accumulation=batch.accumulation,
-            device=device,
-        )
-        self.total = settings.run.max_updates or settings.run.max_epochs * self.streams.segments_per_epoch
+        optimization = settings.optimization
+        self.task = make_task(settings, corpus, device)
+        self.total = settings.run.max_updates or settings.run.max_epochs * self.task.updates_per_epoch
         self.stop = StopFlag(settings.run.time_limit)
         self.progress = TrainingProgress(self.total, 0, enabled=False)  # replaced when training begins
 
@@ -93,21 +86,15 @@ class Trainer:
         gathered = self.stage == 3  # weights are whole for the time of a call: graphs would keep them whole
         if gathered and device.type == "cuda":
             cli.say("note: at ZeRO stage 3 training runs without CUDA graphs, one kernel after another")
-        model = build_language_model(
-            settings.model,
-            batch.dtype,
-            settings.seed,
-            recompute=batch.recompute,
-            cuda="kernels" if gathered else "graphs",
-        )
+        model = build_model(settings, cuda="kernels" if gathered else "graphs")
         saved = None
         if latest is not None:
             saved = load_checkpoint(latest)
             load_weights(model, saved.weights, latest)  # before DeepSpeed makes its own copies
         # a plain copy for validation and sampling: neither ever touches the engine's weights
-        self.plain_model = build_language_model(settings.model, batch.dtype, settings.seed).to(device).eval()
+        self.plain_model = build_model(settings).to(device).eval()
         self.parameters = sum(p.numel() for p in model.parameters())
-        objective = SegmentLoss(model)
+        objective = self.task.objective(model)
         self.engine = initialize(objective, build_optimizer(objective, optimization), ds_config)
         self.shards = sharding.Shards(self.engine)
         self.average: sharding.Average | None = None
@@ -116,14 +103,11 @@ class Trainer:
             self.average = sharding.Average(self.shards, decay)
 
         self.position = Position()
-        self.states: list[State] = []
-        self._zero_states()
         if saved is not None:
             self.position = restore(saved, settings, self.shards, self.average)
             if own is None:  # another run's checkpoint: its best is not this one's
-                self.position = dataclasses.replace(self.position, best_bpc=None, best_step=0, without_best=0)
-            if saved.trainer["settings"]["batch"]["rows"] == batch.rows:  # else other rows: they start at zero
-                self.states = scatter_state(saved.state, self.plain_model, self.streams, batch.accumulation, device)
+                self.position = dataclasses.replace(self.position, best={}, best_step=0, without_best=0)
+            self.task.load(saved)
         self.saved_step = self.position.step if saved is not None else -1
         self.last_save = time.monotonic()
         self.guard = ExplosionGuard(optimization.halve_on_explosion, self.position.rate_scale, self.position.mean_norm)
@@ -168,62 +152,68 @@ class Trainer:
     def _update(self) -> Done:
         """One update over the global batch."""
         begin = time.perf_counter()
-        batch, step = self.settings.batch, self.position.step
-        segment = step % self.streams.segments_per_epoch
-        if segment == 0 or self._reset_due(step):
-            self._zero_states()
-        rate = self.guard.scale * learning_rate(self.settings.optimization, step, self.total)
+        batch, task, step = self.settings.batch, self.task, self.position.step
+        task.begin(step)
+        self.position.window.overhead_seconds += time.perf_counter() - begin
+        rate = self.guard.scale * task.rate_scale * learning_rate(self.settings.optimization, step, self.total)
         sharding.set_learning_rate(self.engine, rate)
         # DeepSpeed averages over processes and micro-batches; what is wanted is their sum over the global count
-        divisor = self.streams.count_per_update / (self.world_size * batch.accumulation)
-        bits = torch.zeros((), device=self.device, dtype=torch.float64)
+        count = task.count(step)
+        divisor = count / (self.world_size * batch.accumulation)
+        sums = torch.zeros(len(task.figures), device=self.device, dtype=torch.float64)
         norm = None
         self.engine.train()
         for micro in range(batch.accumulation):
             reading = time.perf_counter()
             with record_function("fetch"):
-                inputs_TB, targets_TB = self.streams.batch(segment, micro)
+                inputs = task.read(step, micro)
             self.position.window.overhead_seconds += time.perf_counter() - reading
-            noise = Noise(self.settings.seed, step, self.streams.micro_rows(micro))
+            noise = Noise(self.settings.seed, step, task.micro_rows(micro))
             with record_function("forward"):
-                loss, micro_bits, self.states[micro] = self.engine(
-                    inputs_TB, targets_TB, self.streams.weights(micro), self.states[micro], noise, divisor
-                )
+                loss, micro_sums, state = self.engine(*inputs, noise, divisor)
+            task.keep(micro, state)
             with record_function("backward"):
                 self.engine.backward(loss)
             del loss  # it holds the activations, and the next micro-batch makes its own
             with record_function("optimizer"):
                 norm = sharding.step(self.engine)
-            bits += micro_bits
+            sums += micro_sums
         assert norm is not None  # the last micro-batch is the boundary
         with record_function("agree"):
-            done = self._agree(bits, norm, rate)
+            done = self._agree(sums, count, norm, rate)
         self._check_finite(done)
         if self.guard.see(done.grad_norm):
             self.progress.say(f"update {step + 1}: gradient norm {done.grad_norm:.3g} exploded; learning rate halved")
         if self.average is not None and step >= self.settings.optimization.average_from:
             self.average.update()
+        task.see(done.figures)
         self.position.step = step + 1
-        self.position.window.bits += done.bpc
-        self.position.window.updates += 1
-        self.position.window.seconds += time.perf_counter() - begin
+        self.position.characters += task.characters(step)
+        window = self.position.window
+        window.figures = {name: window.figures.get(name, 0.0) + mean for name, mean in done.figures.items()}
+        window.characters += task.characters(step)
+        window.flops += task.flops(step)
+        window.updates += 1
+        window.seconds += time.perf_counter() - begin
         return done
 
-    def _agree(self, bits: torch.Tensor, norm: torch.Tensor, rate: float) -> Done:
-        """The update's one small all-reduce: the loss, why anyone wants to stop, whether the first wants to save."""
+    def _agree(self, sums: torch.Tensor, count: int, norm: torch.Tensor, rate: float) -> Done:
+        """The update's one small all-reduce: the figures, why anyone wants to stop, whether the first wants to save."""
         minutes = self.settings.run.checkpoint_minutes
         save = self.rank == 0 and minutes > 0 and time.monotonic() - self.last_save > 60 * minutes
         flags = torch.tensor([save, *self.stop.wishes], dtype=torch.float64)
-        shared = torch.cat([bits.view(1), flags.to(self.device)])
+        shared = torch.cat([sums, flags.to(self.device)])
         dist.all_reduce(shared)
-        all_bits, saves, *wishes = shared.tolist()
-        return Done(all_bits / self.streams.count_per_update, float(norm), rate, self.stop.agreed(wishes), saves > 0)
+        names, values = self.task.figures, shared.tolist()
+        saves, *wishes = values[len(names) :]
+        figures = {name: value / count for name, value in zip(names, values, strict=False)}
+        return Done(figures, float(norm), rate, self.stop.agreed(wishes), saves > 0)
 
     def _check_finite(self, done: Done) -> None:
-        if math.isfinite(done.bpc) and math.isfinite(done.grad_norm):
+        if math.isfinite(done.figures["bpc"]) and math.isfinite(done.grad_norm):
             self.last_norms = [*self.last_norms[-4:], done.grad_norm]
             return
-        what = "gradient norm" if math.isfinite(done.bpc) else "loss"
+        what = "gradient norm" if math.isfinite(done.figures["bpc"]) else "loss"
         self._fail(f"{what} is not finite at update {self.position.step + 1}")
 
     def _fail(self, what: str) -> NoReturn:
@@ -236,72 +226,50 @@ class Trainer:
             "go on from it with --start-from, another --output-dir and a lower --learning-rate or --clip"
         )
 
-    def _reset_due(self, step: int) -> bool:
-        batch = self.settings.batch
-        if batch.reset_every and step % batch.reset_every == 0:
-            return True
-        return hash_numbers(self.settings.seed, step, _RESETS) < batch.reset_probability * 2**32
-
-    def _zero_states(self) -> None:
-        micros = range(self.settings.batch.accumulation)
-        self.states = [self.plain_model.zero_state(self.streams.rows_per_micro, self.device) for _ in micros]
-
     # --------------------------------------------------------------------------------- looking and reporting
 
     def _validate(self) -> None:
-        """Scores the validation text with the averaged weights (else the weights); a new best is saved as such."""
-        run, position = self.settings.run, self.position
+        """Scores the validation data with the averaged weights (else the weights); a new best is saved as such."""
+        position = self.position
         self.plain_model.load_state_dict(best_weights(self.shards, self.average))
-        text = self.text.valid[: run.valid_bytes or None]
-        bpc = self._score(text)
+        figures = self.task.validate(self.plain_model, position.step)
+        bpc = figures["bpc"]
         if not math.isfinite(bpc):  # an update whose own loss was still finite
             self._fail(f"validation loss is not finite after update {position.step}")
-        best = position.best_bpc is None or bpc < position.best_bpc
+        best = not position.best or bpc < position.best["bpc"]
         if best:
-            position.best_bpc, position.best_step, position.without_best = bpc, position.step, 0
+            position.best, position.best_step, position.without_best = figures, position.step, 0
         else:
             position.without_best += 1
-        self._write_line({"step": position.step, "epoch": self._epoch, "valid_bpc": bpc})
-        self.progress.say(f"update {position.step}: validation {bpc:.4f} BPC{' (best so far)' if best else ''}")
+        self._write_line({"step": position.step, "epoch": self._epoch, **_named("valid", figures)})
+        self.progress.say(f"update {position.step}: validation {describe(figures)}{' (best so far)' if best else ''}")
+        changed = self.task.check(position.step, self.plain_model)
+        if changed is not None:
+            self.progress.say(changed)
         if best:
             self._save(best=True)
 
-    def _score(self, text: Bytes) -> float:
-        """BPC of the plain model, its streams shared out among the processes."""
-        run = self.settings.run
-        own = score(
-            self.plain_model,
-            text,
-            streams=run.eval_streams,
-            warmup=run.eval_warmup,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        both = torch.tensor([own.bits, own.characters], dtype=torch.float64, device=self.device)
-        dist.all_reduce(both)
-        bits, characters = both.tolist()
-        return float(bits / characters)
-
     def _log(self, done: Done) -> None:
         begin, window = time.perf_counter(), self.position.window
-        speed = window.updates * self.streams.count_per_update / window.seconds
-        mfu = speed * sizes(self.settings.model).train_flops / self.peak
-        bpc = window.bits / window.updates
+        speed = window.characters / window.seconds
+        mfu = window.flops / window.seconds / self.peak
+        means = {name: total / window.updates for name, total in window.figures.items()}
         self._write_line(
             {
                 "step": self.position.step,
                 "epoch": self._epoch,
-                "train_bpc": bpc,
+                **_named("train", means),
+                **self.task.progress(),
                 "learning_rate": done.rate,
                 "grad_norm": done.grad_norm,
-                "characters": self.position.step * self.streams.count_per_update,
+                "characters": self.position.characters,
                 "characters_per_second": speed,
                 "mfu": mfu,
                 "overhead_share": window.overhead_seconds / window.seconds,
                 "wall_clock_s": self._wall_clock(),
             }
         )
-        self.progress.show(self.position.step, bpc, speed, mfu)
+        self.progress.show(self.position.step, describe(means), speed, mfu)
         spent = time.perf_counter() - begin
         self.position.window = Window(seconds=spent, overhead_seconds=spent)
 
@@ -311,7 +279,7 @@ class Trainer:
 
     @property
     def _epoch(self) -> float:
-        return self.position.step / self.streams.segments_per_epoch
+        return self.position.step / self.task.updates_per_epoch
 
     def _wall_clock(self) -> float:
         return self.position.wall_clock_s + time.monotonic() - self.clock
@@ -324,17 +292,15 @@ class Trainer:
         return peak.item()
 
     def _announce(self) -> None:
-        s, streams = self.settings, self.streams
+        s = self.settings
         start = f"resumed at update {self.position.step}" if self.position.step else "from the start"
         self.progress.say(
-            f"{s.preset}: {self.parameters:,} parameters, {self.text.name}, {self.world_size} "
+            f"{s.preset}: {self.parameters:,} parameters, {self.task.name}, {self.world_size} "
             f"process{'es' * (self.world_size > 1)} on {self.device.type}, ZeRO stage {self.stage}, {s.batch.dtype}; "
-            f"{self.total} updates of {s.batch.rows} x {s.batch.steps} characters, {start}"
+            f"{self.total} updates of {self.task.update_size}, {start}"
         )
-        if streams.dropped_bytes:
-            self.progress.say(
-                f"{streams.dropped_bytes:,} bytes at the rows' ends, less than a segment each, are left out"
-            )
+        for notice in self.task.notices:
+            self.progress.say(notice)
 
     # ------------------------------------------------------------------------------------ saving and the end
 
@@ -351,10 +317,9 @@ class Trainer:
             self.settings,
             self.shards,
             self.average,
-            self.states,
-            self.streams,
+            *self.task.gather(),
             self.run.mlflow_run_id(),
-            self.text.md5,
+            self.task.corpus_md5,
         )
         keep_last = self.settings.run.keep_last
         write_checkpoint(self.run, saved, position.step, best=best, keep_last=keep_last, device=self.device)
@@ -365,14 +330,8 @@ class Trainer:
         best = self.run.named_checkpoint("best")
         assert best is not None  # there has been a validation, and the first is the best so far
         self.plain_model.load_state_dict(load_checkpoint(best, weights_only=True).best_weights)
-        self.progress.say(f"scoring {len(self.text.test):,} bytes of test text with the weights of {best.name}")
-        test_bpc = self._score(self.text.test)
-        sample = b""
-        if self.rank == 0:
-            sample = generate(self.plain_model, b"", self.settings.run.sample_length, temperature=0.8)
-        return self._summarize(
-            "finished", test_bpc=test_bpc, sample=sample.decode("utf-8", "replace"), checkpoint=str(best)
-        )
+        self.progress.say(f"scoring the test data with the weights of {best.name}")
+        return self._summarize("finished", **_named("test", self.task.test(self.plain_model)), checkpoint=str(best))
 
     def _peak_memory(self) -> int:
         """Bytes that training took in this process at most: CUDA's tensors, or what is resident but the imports."""
@@ -388,8 +347,9 @@ class Trainer:
             "parameters": self.parameters,
             "step": position.step,
             "epoch": self._epoch,
-            "characters": position.step * self.streams.count_per_update,
-            "valid_bpc": position.best_bpc,
+            "characters": position.characters,
+            "valid_bpc": None,
+            **_named("valid", position.best),
             "best_step": position.best_step,
             "without_best": position.without_best,
             "wall_clock_s": self._wall_clock(),
@@ -401,3 +361,14 @@ class Trainer:
         if self.rank == 0:
             write_json(self.run.summary_path, summary)
         return summary
+
+
+def _named(part: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures under the names that they have in metrics.jsonl and summary.json: bpc is valid_bpc, say."""
+    return {name if name == "sample" else f"{part}_{name}": value for name, value in figures.items()}
+
+
+def describe(figures: dict[str, float]) -> str:
+    """Means in words: bits a character, characters right, whole targets right."""
+    words = {"bpc": "{:.4f} BPC", "accuracy": "{:.1%} right", "exact": "{:.1%} exact"}
+    return "  ".join(words[name].format(value) for name, value in figures.items())

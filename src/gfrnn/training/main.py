@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -13,8 +12,11 @@ from typing import Any
 from gfrnn import cli
 from gfrnn.config import (
     PAPER_SYMBOLS,
+    TASK_PRESETS,
     Settings,
     UserError,
+    model_sizes,
+    networks,
     preset,
     preset_note,
     presets,
@@ -55,12 +57,11 @@ def _main() -> None:
     if settings.dry_run:
         print_settings(settings, ds_config, world_size)
         return
-    from gfrnn.data import load_text
-
     if settings.prepare:
-        text = load_text(settings.data)
-        parts = f"{len(text.train):,} training, {len(text.valid):,} validation, {len(text.test):,} test"
-        cli.say(f"{text.name} is ready: {parts} bytes")
+        from gfrnn.data import load_corpus
+
+        corpus = load_corpus(settings)
+        cli.say(f"{corpus.name} is ready: {corpus.prepare()}")
         return
     train(settings, ds_config, run)
 
@@ -68,11 +69,11 @@ def _main() -> None:
 def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None:
     """Trains, or says that the run in this folder is finished. Raises UserError, RunFailed, Stopped."""
     _share_cores()
-    from gfrnn.data import load_text, segments_per_epoch
+    from gfrnn.data import load_corpus
     from gfrnn.training.tracking import Tracker
 
-    text = load_text(settings.data)
-    run.check(settings, text.md5)
+    corpus = load_corpus(settings)
+    run.check(settings, corpus.md5)
     run.mlflow_run_id()  # if its file is damaged, better now than at the first checkpoint
     finished = _finished(run, settings)
     if finished is not None:
@@ -82,7 +83,7 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
                 Tracker.start(run.path, settings.run.experiment).finish()
             _print_results(finished, settings, run)
         return
-    segments_per_epoch(len(text.train), settings.batch.rows, settings.batch.steps)  # what cannot work answers at once
+    corpus.check(settings.batch)  # what cannot work answers at once
     run.check_writable()
 
     import torch.distributed as dist
@@ -95,14 +96,14 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
     with on_first_process("take the run folder", device) as first:
         if first:
             run.lock()
-            run.check(settings, text.md5)  # again: another training may have begun here and ended
+            run.check(settings, corpus.md5)  # again: another training may have begun here and ended
             latest = run.named_checkpoint("latest")
-            run.create(settings, ds_config, text.md5)
+            run.create(settings, ds_config, corpus.md5)
             run.truncate_metrics(int(latest.name.removeprefix("step-")) if latest is not None else 0)
             run.summary_path.unlink(missing_ok=True)
     tracked = settings.run.mlflow and dist.get_rank() == 0
     tracker = Tracker.start(run.path, settings.run.experiment) if tracked else None
-    trainer = Trainer(settings, ds_config, run, text, device)
+    trainer = Trainer(settings, ds_config, run, corpus, device)
     with trainer.stop.listening():  # until MLflow has it all: a launcher ends the rest when the first process is gone
         try:
             summary = trainer.fit()
@@ -141,7 +142,11 @@ def _print_results(summary: dict[str, Any], settings: Settings, run: RunFolder) 
     from gfrnn.training.tracking import ui_command
 
     print(f"test {summary['test_bpc']:.4f} BPC, validation {summary['valid_bpc']:.4f} at update {summary['best_step']}")
-    print(f"a sample ({settings.run.sample_length} bytes, temperature 0.8):")
+    if settings.task == "text":
+        print(f"a sample ({settings.run.sample_length} bytes, temperature 0.8):")
+    else:
+        print(f"{summary['test_accuracy']:.1%} of test characters right, {summary['test_exact']:.1%} of whole targets")
+        print("test programs, what they print, and what the model says:")
     sample = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in summary["sample"])
     print("    " + sample.strip("\n").replace("\n", "\n    "))
     print(f"run folder: {run.path}")
@@ -151,9 +156,14 @@ def _print_results(summary: dict[str, Any], settings: Settings, run: RunFolder) 
         print(f"its curves: {ui_command(run.path)}")
     path = shlex.quote(str(run.path))
     print(f"score it:   python src/evaluate.py {path}")
-    print(f"more text:  python src/sample.py {path} --prompt 'The '")
+    if settings.task == "text":
+        print(f"more text:  python src/sample.py {path} --prompt 'The '")
+    else:
+        print(f"predict:    python src/sample.py {path} --program FILE")
     if settings.preset == "demo":
         print("full size:  deepspeed src/train.py --deepspeed ds_configs/z2.json   (gf-lstm-5x700 on enwik8, for GPUs)")
+    if settings.preset == "programs-demo":
+        print("full size:  deepspeed src/train.py --task programs --deepspeed ds_configs/z2.json   (for GPUs)")
 
 
 def print_presets() -> None:
@@ -162,29 +172,34 @@ def print_presets() -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"Presets at {PAPER_SYMBOLS} symbols (text is bytes, so a run has 256)",
-        caption="recurrent: weights with global gates, no biases, no softmax. FLOP: to train, a character; look-ups of "
-        "one-hot symbols cost none",
+        title=f"Presets; those of text at {PAPER_SYMBOLS} symbols (text is bytes, so a run has 256)",
+        caption="recurrent: weights with global gates, no biases, no softmax; of programs those of both "
+        "nets. FLOP: to train, a character (of the target, for programs); look-ups of one-hot symbols cost none",
     )
     for column in ("preset", "recurrent", "softmax", "MFLOP a character", ""):
         table.add_column(column, justify="left" if column in ("preset", "") else "right", no_wrap=column == "preset")
     for name, settings in presets().items():
-        count = sizes(settings.model, PAPER_SYMBOLS)
-        flops = f"{count.train_flops / 1e6:.2f}"
+        count = model_sizes(settings.model, PAPER_SYMBOLS) if settings.task == "text" else sizes(settings)
+        flops = f"{networks(settings)[-1].train_flops / 1e6:.2f}"
         table.add_row(name, f"{count.recurrent:,}", f"{count.softmax:,}", flops, preset_note(name))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def print_settings(settings: Settings, ds_config: dict[str, Any], world_size: int) -> None:
     """What a run with these flags would do."""
-    count = sizes(settings.model)
+    count = sizes(settings)
     flat = settings.to_json()
-    for group in (flat, *(flat[f.name] for f in dataclasses.fields(settings) if isinstance(flat[f.name], dict))):
+    if settings.task == "text":
+        del flat["programs"]
+    for group in (flat, *(group for group in flat.values() if isinstance(group, dict))):
         for name, value in group.items():
             if not isinstance(value, dict):
                 print(f"--{name.replace('_', '-'):24} {value}")
     print(f"parameters                 {count.total:,} ({count.recurrent:,} recurrent weights)")
-    print(f"FLOP a character           {count.train_flops:,} to train")
+    for part, network in zip(
+        ("source", "target") if settings.task == "programs" else ("",), networks(settings), strict=True
+    ):
+        print(f"{f'FLOP a {part} character':26} {network.train_flops:,} to train".replace("  character", " character"))
     print(f"processes                  {world_size}, ZeRO stage {stage_of(ds_config)}")
     print(f"DeepSpeed config           {json.dumps(ds_config)}")
     memory = estimate(settings, ds_config, world_size)
@@ -195,11 +210,19 @@ def print_settings(settings: Settings, ds_config: dict[str, Any], world_size: in
 
 
 def _preset_name(argv: Sequence[str]) -> str:
-    """The value of --preset: it is the default for every other flag, so it is needed first. The last one counts."""
-    name = Settings().preset
+    """The value of --preset, or the task's own: it is the default for every other flag, so it is needed first."""
+    name = _value(argv, "--preset")
+    if name is not None:
+        return name
+    return next((own for task, own in TASK_PRESETS.items() if task == _value(argv, "--task")), Settings().preset)
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """What a flag is given, as `FLAG VALUE` or `FLAG=VALUE`; None if it is not. The last one counts."""
+    found = None
     for position, arg in enumerate(argv):
-        if arg.startswith("--preset="):
-            name = arg.removeprefix("--preset=")
-        if arg == "--preset" and position + 1 < len(argv):
-            name = argv[position + 1]
-    return name
+        if arg.startswith(f"{flag}="):
+            found = arg.removeprefix(f"{flag}=")
+        if arg == flag and position + 1 < len(argv):
+            found = argv[position + 1]
+    return found

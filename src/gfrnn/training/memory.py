@@ -19,6 +19,8 @@ Legend: W processes, T steps, B rows of a micro-batch, L layers, H units, G, K a
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import resource
 import sys
@@ -27,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from gfrnn.config import GATES, Settings, sizes
+from gfrnn.config import GATES, TARGET_SYMBOLS, ModelSettings, Settings, model_sizes, sizes
 from gfrnn.training.ds_config import stage_of
 
 _GATES = GATES | {"mrnn": 2}
@@ -57,14 +59,14 @@ class Estimate:
 def estimate(settings: Settings, ds_config: dict[str, Any], world_size: int) -> Estimate:
     """Of a run with these settings, a config from resolve_ds_config and W processes."""
     stage, o = stage_of(ds_config), settings.optimization
-    parameters = sizes(settings.model).total
+    parameters = sizes(settings).total
     full, share = _FP32 * parameters, _FP32 * math.ceil(parameters / world_size)
     bf16 = bool(ds_config.get("bf16", {}).get("enabled"))  # DeepSpeed's own: the trained weights and their gradients
     width = _BF16 if bf16 else _FP32
     flat, flat_share = width * parameters, width * math.ceil(parameters / world_size)
     zero = ds_config["zero_optimization"]
     bucket = min(flat, width * int(zero.get("reduce_bucket_size", _BUCKET)))
-    net = Network(settings, ds_config["train_micro_batch_size_per_gpu"], world_size)
+    net = networks_memory(settings, ds_config["train_micro_batch_size_per_gpu"], world_size)
 
     updated = full if stage == 0 else share  # what this process's optimizer works on
     averages = updated if o.average != "none" else 0
@@ -118,19 +120,38 @@ def _sum(moment: str, *several: _Parts) -> Estimate:
     return Estimate(moment, {name: round(sum(parts.get(name, 0) for parts in several)) for name in names})
 
 
-class Network:
-    """Bytes of what the network holds for a micro-batch on one process."""
+def networks_memory(settings: Settings, rows: int, world_size: int) -> Network:
+    """Of the language model; of programs of the encoder, which reads the longest, and the decoder together."""
+    m = settings.model
+    if settings.task == "text":
+        streams = max(1, settings.run.eval_streams // world_size)
+        steps = min(_EVAL_STEPS, max(1, _EVAL_SYMBOLS // streams))
+        return Network(settings, m, settings.batch.steps, m.vocab_size, rows, streams, steps)
+    source, target = settings.programs.longest
+    decoder = dataclasses.replace(m, vocab_size=len(TARGET_SYMBOLS))
+    scored = max(1, _EVAL_SYMBOLS // source)
+    reading = Network(settings, m, source, 0, rows, scored, source)
+    return reading + Network(settings, decoder, target, decoder.vocab_size, rows, scored, target)
 
-    def __init__(self, settings: Settings, rows: int, world_size: int):
-        m, b = settings.model, settings.batch
-        T, B, L, H, V = b.steps, rows, m.num_layers, m.hidden_size, m.vocab_size
+
+class Network:
+    """Bytes of what a network holds for a micro-batch on one process.
+
+    steps, outputs: T, V. scored, at_once: rows and steps that are evaluated at once.
+    """
+
+    def __init__(
+        self, settings: Settings, m: ModelSettings, steps: int, outputs: int, rows: int, scored: int, at_once: int
+    ):
+        b = settings.batch
+        T, B, L, H, V = steps, rows, m.num_layers, m.hidden_size, outputs
         K = _GATES[m.unit] * H + (L if m.feedback == "gated" else 0)
-        Y, inputs = H * (L if m.output_skips else 1), m.embedding_size or V
+        Y, inputs = H * (L if m.output_skips else 1), m.embedding_size or m.vocab_size
         narrow = _BF16 if b.dtype == "bf16" else _FP32
         input_rows = K * (L if m.input_skips and m.unit != "mrnn" else 1)
-        in_products = sizes(m).recurrent - input_rows * inputs
-        at_once = min(b.recompute or T, T) if m.unit != "mrnn" else T
-        again = at_once < T
+        in_products = model_sizes(m).recurrent - input_rows * inputs
+        piece = min(b.recompute or T, T) if m.unit != "mrnn" else T
+        again = piece < T
         step = _FP32 * B * L * H  # one number a unit and row
         cell, fed = m.unit == "lstm", m.feedback != "none"
         every = m.unit_gates == "all" and fed  # unit gates read all layers
@@ -138,8 +159,6 @@ class Network:
         unit = H * H * (_GATES[m.unit] - 1) * (L if every else 1)
         candidate = H * H * (L if fed else 1)
         below = K * H if L > 1 else 0
-        self.largest = max(candidate, unit, below, K * inputs, V * Y, V * m.embedding_size)
-        """Elements of the largest parameter."""
         self.sums = _FP32 * in_products if again else 0
         """Gradients of the steps that backward has done, while it does the others."""
         # in bf16 also as they lie, for the steps that are computed again; what reads all layers is one piece
@@ -156,11 +175,11 @@ class Network:
         # of a step: the unit's activations; GRU its pre-activations, gates, reset sum; what layer norm divides
         inside = {"lstm": 4.0, "gru": K / H + 3, "tanh": 1.0, "mrnn": 10.0}[m.unit]
         normed = (_GATES[m.unit] + cell) * m.layer_norm
-        starts = step * (1 + cell) * math.ceil(T / at_once) if again else 0
-        states, slopes = at_once * step, at_once * step * K / H
+        starts = step * (1 + cell) * math.ceil(T / piece) if again else 0
+        states, slopes = piece * step, piece * step * K / H
         traces = [states] * (1 + cell)  # h, c
         ends = [_FP32 * T * B * V] * 3  # logits, their logarithms, the gradient
-        ends += [_FP32 * input_rows * (T * B if m.embedding_size else V)] * 2  # of the input, and the gradient
+        ends += [_FP32 * input_rows * (T * B if m.embedding_size else inputs)] * 2  # of the input, and the gradient
         sums = [slopes] + [states] * (m.unit == "gru")  # of a step's products, all gradients of them
         operand = states * narrow / _FP32
         made = [operand] + [operand] * fed  # states as they lie, packed
@@ -170,13 +189,17 @@ class Network:
         self.products = _large(states, *sums, *made[: 1 if every else 2], *ordered, *ends[3:])
         """Large pieces while gradients of the weights are made of them."""
         pieces = [*traces, *sums, *made, *ordered, *ends]
-        self.small = at_once * step * (inside + normed) + starts + sum(pieces) - _large(*pieces)
+        self.small = piece * step * (inside + normed) + starts + sum(pieces) - _large(*pieces)
         """What each step and layer leaves, in pieces of its own, and other small ones."""
-        streams = max(1, settings.run.eval_streams // world_size)
-        symbols = streams * min(_EVAL_STEPS, max(1, _EVAL_SYMBOLS // streams))
-        own = _FP32 * L * H * streams * _EVAL_KEPT * (1 + cell + inside + normed)
-        self.evaluation = _FP32 * symbols * (Y + 3 * V) + own + _FP32 * input_rows * V
-        """While a text is scored."""
+        own = _FP32 * L * H * scored * _EVAL_KEPT * (1 + cell + inside + normed)
+        self.evaluation = _FP32 * scored * at_once * (Y + 3 * V) + own + _FP32 * input_rows * inputs
+        """While data is scored."""
+
+    def __add__(self, other: Network) -> Network:
+        both = copy.copy(self)
+        for name, size in vars(other).items():
+            setattr(both, name, getattr(self, name) + size)
+        return both
 
 
 def _large(*pieces: float) -> float:

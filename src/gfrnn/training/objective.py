@@ -1,14 +1,17 @@
-"""What an update minimises, as the module that DeepSpeed wraps.
+"""What an update minimises, as the modules that DeepSpeed wraps.
 
 Legend: T steps, B rows of a micro-batch, V symbols.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from gfrnn.nn import LanguageModel, Noise, State
+from gfrnn.data.program_batches import ProgramBatch
+from gfrnn.nn import EncoderDecoder, LanguageModel, Noise, State
 from gfrnn.training.evaluation import bits_TB, detach
+from gfrnn.training.program_evaluation import row_sums
 
 
 class SegmentLoss(nn.Module):
@@ -23,8 +26,23 @@ class SegmentLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, State]:
         """inputs, targets int64 [T, B]; weights [B] 1, or 0 for padding rows.
 
-        Returns (loss = bits / divisor, the bits themselves without history, the next state without history).
+        Returns (loss = bits / divisor, [the bits themselves] without history, the next state without history).
         """
         logits_TBV, state = self.model(inputs_TB, state, noise=noise)
         bits = (bits_TB(logits_TBV, targets_TB) * weights_B).sum()
-        return bits / divisor, bits.detach(), detach(state)
+        return bits / divisor, bits.detach().view(1), detach(state)
+
+
+class ProgramLoss(nn.Module):
+    """The loss of some programs' targets, divided likewise."""
+
+    def __init__(self, model: EncoderDecoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ProgramBatch, noise: Noise, divisor: float) -> tuple[Tensor, Tensor, None]:
+        """Returns (loss = bits / divisor, [bits, characters that were right] without history, no state)."""
+        logits_TBV = self.model(batch.sources_SB, batch.source_lengths_B, batch.inputs_TB, noise=noise)
+        bits_B, right_B = row_sums(logits_TBV, batch)
+        bits = bits_B.sum()
+        return bits / divisor, torch.stack([bits.detach(), right_B.sum().to(bits.dtype)]), None

@@ -43,9 +43,9 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, step: int, bpc: float, characters_per_second: float, mfu: float) -> None:
-        """The state after `step` updates: training BPC, speed over all processes, model FLOP utilisation 0..1."""
-        figures = f"{bpc:.3f} BPC  {characters_per_second:,.0f} characters/s  MFU {mfu:.0%}"
+    def show(self, step: int, learned: str, characters_per_second: float, mfu: float) -> None:
+        """The state after `step` updates: what was learned, speed over all processes, model FLOP utilisation 0..1."""
+        figures = f"{learned}  {characters_per_second:,.0f} characters/s  MFU {mfu:.0%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=figures)
         elif self.enabled and (time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES or step == self.total):

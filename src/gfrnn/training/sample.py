@@ -1,4 +1,4 @@
-"""Continue a prompt: gfrnn-sample, python src/sample.py RUN --prompt TEXT."""
+"""Continue a prompt, or predict what a program prints: gfrnn-sample, python src/sample.py RUN."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from gfrnn.cli import parse, run
-from gfrnn.config import UserError
+from gfrnn.config import PROGRAM_SYMBOLS, UserError
 from gfrnn.data import NEWLINE
+from gfrnn.data.programs import encode
 
 if TYPE_CHECKING:
     from gfrnn.nn import LanguageModel, State
@@ -22,10 +24,12 @@ _PROMPT_BYTES_AT_A_TIME = 1024
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Continue a prompt with a trained model."""
+    """Continue a prompt with a trained model, or predict what a program prints."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder (its best checkpoint) or a checkpoint folder."""
+    program: Path | None = None
+    """For a model of programs: print what it takes this file's program to print; - reads standard input."""
     prompt: str = ""
     """Text to continue; empty starts a text."""
     length: int = 500
@@ -109,14 +113,44 @@ def _main() -> None:
         raise UserError(f"--top-p is {settings.top_p}; it must be above 0 and at most 1")
     if not 0 <= settings.seed < 2**63:
         raise UserError(f"--seed is {settings.seed}; it must be from 0 to 2^63 - 1")
-    from gfrnn.runs import find_checkpoint, load_model
+    from gfrnn.runs import checkpoint_origin, find_checkpoint, load_model
 
-    find_checkpoint(settings.run)  # a wrong path answers before torch is loaded
+    trained, _ = checkpoint_origin(find_checkpoint(settings.run))  # a wrong path answers before torch is loaded
+    if trained.task == "text" and settings.program is not None:
+        raise UserError(f"{settings.run} is a model of text: give it --prompt, or a model of programs its --program")
+    if trained.task == "programs" and settings.program is None:
+        raise UserError(f"{settings.run} is a model of programs: give it one, --program FILE")
+    program = _read_program(settings.program) if settings.program is not None else ""
     device = device_of(settings.device)
+    from gfrnn.nn import EncoderDecoder
+
     model, _, _ = load_model(settings.run)
     model.to(device)
+    if isinstance(model, EncoderDecoder):
+        from gfrnn.training.program_evaluation import predict
+
+        print(predict(model, program))
+        return
     prompt = os.fsencode(settings.prompt)  # the bytes of the command line, whatever they are
     text = generate(
         model, prompt, settings.length, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed
     )
     sys.stdout.buffer.write(prompt + text + b"\n")
+
+
+def _read_program(path: Path) -> str:
+    """The program in a file, without the newlines at its end; raises UserError for what no model has characters for."""
+    try:
+        source = sys.stdin.read() if str(path) == "-" else path.read_text()
+    except OSError as error:
+        raise UserError(f"--program {path}: {error.strerror}; give a readable file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--program {path} is not text ({error.reason}); give a Python program") from error
+    source = source.rstrip("\n")
+    if not source:
+        raise UserError(f"--program {path} is empty; give a Python program")
+    try:
+        encode(source, PROGRAM_SYMBOLS)
+    except UserError as error:
+        raise UserError(f"--program {path}: {error}") from None
+    return source

@@ -79,6 +79,22 @@ class Tracker:
         self.finish()
 
 
+def add_to_run(run_dir: Path, figures: dict[str, float], files: Sequence[Path], *, step: int) -> None:
+    """Adds metrics of a step and files to the MLflow run that follows a folder; says so where that fails."""
+    _quieten()
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+    run_id, now = Sent.load(run_dir).run_id, round(time.time() * 1000)
+    try:
+        client = MlflowClient(tracking_uri(run_dir))
+        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in figures.items()])
+        for file in files:
+            client.log_artifact(run_id, str(file))
+    except Exception as error:  # every kind of store raises errors of its own
+        _say(f"at {without_password(tracking_uri(run_dir))} fails ({_reason(error)}); the figures are not there")
+
+
 def ui_command(run_dir: Path) -> str:
     """What to type, or open, to look at a run in MLflow."""
     uri = tracking_uri(run_dir)

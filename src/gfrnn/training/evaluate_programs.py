@@ -1,0 +1,158 @@
+"""Score a run of programs: the part of gfrnn-evaluate that makes its tables, files and pictures of them."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfrnn.config import MOST_LENGTH, MOST_NESTING, Settings, UserError
+from gfrnn.runs import RunFolder, checkpoint_origin, find_checkpoint, load_model, write_json
+
+if TYPE_CHECKING:
+    from gfrnn.nn import EncoderDecoder
+    from gfrnn.training.evaluate import EvaluateSettings
+    from gfrnn.training.grid import Cell, Share
+
+
+def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> dict[str, Any]:
+    """Scores the grid that the settings ask for, prints tables, writes files, logs to MLflow; returns the figures."""
+    nesting, length = settings.nesting or trained.programs.nesting, settings.length or trained.programs.length
+    for flag, value, most in (("--nesting", nesting, MOST_NESTING), ("--length", length, MOST_LENGTH)):
+        if not 1 <= value <= most:
+            raise UserError(f"{flag} is {value}; programs have 1 to {most}")
+    runs = [settings.run, *([settings.other] if settings.other else [])]
+    for run in runs:
+        if checkpoint_origin(find_checkpoint(run))[0].task != "programs":
+            raise UserError(f"{run} is a model of text; give one of programs (train.py --task programs)")
+    from gfrnn.data.corpus import data_folder
+    from gfrnn.nn import EncoderDecoder
+    from gfrnn.training.evaluate import progress_bar
+    from gfrnn.training.grid import score_grid
+    from gfrnn.training.sample import device_of
+
+    device = device_of(settings.device)
+    models, paths = [], []
+    for run in runs:
+        model, _, path = load_model(run, None if settings.dtype == "run" else settings.dtype)
+        assert isinstance(model, EncoderDecoder)
+        models.append(model.to(device))
+        paths.append(path)
+    with progress_bar("programs") as bar:
+        cells = score_grid(
+            models,
+            data_folder(trained.data.data_dir),
+            nesting=nesting,
+            length=length,
+            programs=settings.cell_programs,
+            seed=trained.programs.program_seed,
+            progress=bar,
+        )
+    _print_tables(cells, [str(path) for path in paths], settings.cell_programs)
+    if settings.show:
+        _show(models, trained, data_folder(trained.data.data_dir), settings.show)
+    results: dict[str, Any] = {
+        "checkpoint": str(paths[0]),
+        "device": device,
+        "programs_per_cell": settings.cell_programs,
+    }
+    if settings.other:
+        results["other"] = str(paths[1])
+    rows = [cell.to_json() for cell in cells]
+    results |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name in _MEANS}
+    results["cells"] = rows
+    _write(settings, results, cells, [path.parent.parent.name for path in paths], paths[0])
+    return results
+
+
+_MEANS = ("accuracy", "exact", "bpc", "other_accuracy", "other_exact", "accuracy_gain", "exact_gain")
+
+
+def _write(
+    settings: EvaluateSettings, results: dict[str, Any], cells: list[Cell], names: list[str], checkpoint: Path
+) -> None:
+    """The files asked for, and all of it to the MLflow run that follows the run's folder."""
+    from gfrnn.training.heat_map import draw
+    from gfrnn.training.tracking import add_to_run
+
+    gain = len(names) > 1
+    panels = {
+        "characters": {(c.nesting, c.length): c.accuracy_gain() if gain else c.accuracy() for c in cells},
+        "whole targets": {(c.nesting, c.length): c.exact_gain() if gain else c.exact() for c in cells},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        stem = "programs-gain" if gain else "programs"
+        own = {kind: Path(folder) / f"{stem}.{kind}" for kind in ("json", "csv", "png")}
+        write_json(own["json"], results)
+        with own["csv"].open("w", newline="") as file:
+            table = csv.DictWriter(file, results["cells"][0])
+            table.writeheader()
+            table.writerows(results["cells"])
+        draw(panels, own["png"], " less ".join(names), gain=gain)
+        for wanted, kind in ((settings.json, "json"), (settings.csv, "csv")):
+            if wanted is not None:
+                wanted.resolve().write_bytes(own[kind].read_bytes())
+        if settings.heat_map is not None:
+            draw(panels, settings.heat_map.resolve(), " less ".join(names), gain=gain)
+        run = RunFolder(checkpoint.parent.parent)
+        if settings.mlflow and run.mlflow_run_id() is not None:
+            figures = {f"{stem}/{name}": results[name] for name in _MEANS if name in results}
+            for row in results["cells"]:
+                for name in ("accuracy_gain", "exact_gain") if gain else ("accuracy", "exact"):
+                    figures[f"{stem}/{name}_nesting_{row['nesting']}_length_{row['length']}"] = row[name]
+            step = int(checkpoint.name.rpartition("-")[2])
+            add_to_run(run.path, figures, list(own.values()), step=step)
+
+
+# ---------------------------------------------------------------------------------------------- what is printed
+
+
+def _print_tables(cells: list[Cell], names: list[str], programs: int) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    shown: dict[str, Callable[[Cell], Share]] = {}
+    for model, name in enumerate(names):
+        shown[f"{name}: characters right, %"] = lambda cell, model=model: cell.accuracy(model)  # type: ignore[misc]
+        shown[f"{name}: whole targets right, %"] = lambda cell, model=model: cell.exact(model)  # type: ignore[misc]
+    if len(names) > 1:
+        shown["gain of the first: characters, points"] = lambda cell: cell.accuracy_gain()
+        shown["gain of the first: whole targets, points"] = lambda cell: cell.exact_gain()
+    for title, share in shown.items():
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+        console.print(_table(cells, share, signed=title.startswith("gain")))
+    console.print(
+        f"{programs:,} test programs a cell; half the width of a 95 % interval after each figure", markup=False
+    )
+
+
+def _table(cells: list[Cell], share: Callable[[Cell], Share], *, signed: bool) -> Any:
+    from rich.table import Table
+
+    lengths = sorted({cell.length for cell in cells})
+    table = Table()
+    table.add_column("nesting", justify="right")
+    for length in lengths:
+        table.add_column(f"length {length}" if length == lengths[0] else str(length), justify="right")
+    for nesting in sorted({cell.nesting for cell in cells}):
+        found = [share(cell) for cell in cells if cell.nesting == nesting]
+        figures = [f"{100 * s.value:{'+' if signed else ''}.1f} ±{50 * (s.high - s.low):.1f}" for s in found]
+        table.add_row(str(nesting), *figures)
+    return table
+
+
+def _show(models: list[EncoderDecoder], trained: Settings, data_dir: Path, count: int) -> None:
+    """Some test programs, as hard as training's, with what they print and what each model says."""
+    from gfrnn.data import ProgramCorpus
+    from gfrnn.training.program_evaluation import predict
+
+    table = ProgramCorpus(trained.programs, data_dir).test
+    for number in range(min(count, len(table))):
+        target = table.target(number).removesuffix(".")
+        print(table.program(number))
+        said = [predict(model, table.program(number)) for model in models]
+        judged = ", ".join(f"{text} ({'right' if text == target else 'wrong'})" for text in said)
+        print(f"    prints {target}; predicted {judged}\n")
