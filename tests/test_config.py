@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 
-from gfrnn.config import DataSettings, Settings, UserError, preset, presets, validate, without_effect
+from gfrnn.config import (
+    DataSettings,
+    ProgramSettings,
+    Settings,
+    UserError,
+    matched_stack,
+    preset,
+    presets,
+    sizes,
+    validate,
+    without_effect,
+)
 
 GROUPS = ("model", "data", "batch", "optimization", "run")
 
@@ -125,6 +136,23 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
     again = Settings.from_json(json.loads(json.dumps(settings.to_json())))
     assert again == settings
     assert type(again.output_dir) is type(settings.output_dir)
+
+
+@pytest.mark.parametrize("feedback", ["programs-gf-lstm-3x200", "programs-gf-gru-3x230"])
+def test_a_stack_of_as_many_parameters_is_a_preset(feedback: str) -> None:
+    stack = matched_stack(preset(feedback))
+    assert abs(sizes(stack).total / sizes(preset(feedback)).total - 1) < 0.003
+    assert any(settings.model == stack.model for settings in presets().values())
+
+
+def test_the_task_goes_with_the_preset() -> None:
+    with pytest.raises(UserError, match="--task programs does not go with --preset demo, of task text"):
+        validate(dataclasses.replace(preset("demo"), task="programs"))
+    programs = preset("programs-demo")
+    asked = dataclasses.replace(programs, batch=dataclasses.replace(programs.batch, steps=7))
+    assert without_effect(asked) == ["--steps has no effect on --task programs"]
+    text = dataclasses.replace(preset("demo"), programs=ProgramSettings(nesting=3))
+    assert without_effect(text) == ["--nesting has no effect on --task text"]
 
 
 def test_paths_survive_json() -> None:

@@ -395,6 +395,10 @@ def without_effect(settings: Settings) -> list[str]:
         for f in dataclasses.fields(group):
             if (settings.task == "text" or f.name in _OF_TEXT) and getattr(group, f.name) != _default(f):
                 found.append(f"--{f.name.replace('_', '-')} has no effect on --task {settings.task}")
+    p = settings.programs
+    levels = p.level_programs != ProgramSettings.level_programs
+    if settings.task == "programs" and levels and p.curriculum not in LADDERS:
+        found.append(f"--level-programs has no effect on --curriculum {p.curriculum}, which has no levels")
     return found
 
 
@@ -405,6 +409,7 @@ _OF_TEXT = {
     "reset_every",
     "reset_probability",
     "valid_bytes",
+    "sample_length",
     "eval_streams",
     "eval_warmup",
 }

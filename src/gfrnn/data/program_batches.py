@@ -112,7 +112,7 @@ def pad(
     target_lengths_B = np.where(exists_B, table.target_lengths[programs_B], 0)
     S, T = longest or (source_lengths_B.max(), target_lengths_B.max())
     if device.type == "cuda":
-        S, T = -(-S // _SOURCE_STEPS) * _SOURCE_STEPS, -(-T // _TARGET_STEPS) * _TARGET_STEPS
+        S, T = round_up(int(S), _SOURCE_STEPS), round_up(int(T), _TARGET_STEPS)
     sources_BS = _rows(table.sources, table.source_offsets[programs_B], source_lengths_B, int(S))
     targets_BT = _rows(table.targets, table.target_offsets[programs_B], target_lengths_B, int(T))
     inputs_BT = np.concatenate([np.full((len(targets_BT), 1), END), targets_BT[:, :-1]], axis=1)
@@ -121,6 +121,11 @@ def pad(
         return torch.from_numpy(np.ascontiguousarray(values.T)).to(device)
 
     return ProgramBatch(*map(on_device, (sources_BS, source_lengths_B, inputs_BT, targets_BT, target_lengths_B)))
+
+
+def round_up(steps: int, multiple: int = _SOURCE_STEPS) -> int:
+    """To a multiple, by default that of sources."""
+    return -(-steps // multiple) * multiple
 
 
 def _rows(symbols: npt.NDArray[np.uint8], begin_B: Numbers, length_B: Numbers, width: int) -> Numbers:

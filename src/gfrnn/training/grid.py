@@ -124,7 +124,7 @@ def ratio(parts_P: npt.NDArray[Any], wholes_P: npt.NDArray[Any]) -> Share:
     trials = value * (1 - value) / error**2 if error > 0 else len(parts_P)
     centre = (value + _Z**2 / (2 * trials)) / (1 + _Z**2 / trials)
     half = _Z / (1 + _Z**2 / trials) * math.sqrt(value * (1 - value) / trials + (_Z / (2 * trials)) ** 2)
-    return Share(value, max(0.0, centre - half), min(1.0, centre + half))
+    return Share(value, centre - half if value > 0 else 0.0, centre + half if value < 1 else 1.0)  # exact at the ends
 
 
 def difference(ours_P: npt.NDArray[Any], theirs_P: npt.NDArray[Any], wholes_P: npt.NDArray[Any]) -> Share:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS
-from gfrnn.data.program_batches import END, ProgramBatch, pad
+from gfrnn.data.program_batches import END, ProgramBatch, pad, round_up
 from gfrnn.data.programs import ProgramTable, decode, encode
 from gfrnn.nn import EncoderDecoder
 from gfrnn.training.evaluation import bits_TB
@@ -83,7 +83,8 @@ def score_programs(
     found: list[tuple[npt.NDArray[np.int64], Sums]] = []
     begin = 0
     while begin < len(own_P):
-        at_once = max(1, _SYMBOLS_AT_A_TIME // int(table.source_lengths[own_P[begin]]))
+        # as many rows for any length that is padded to the same one: few shapes, for CUDA graphs
+        at_once = max(1, _SYMBOLS_AT_A_TIME // round_up(int(table.source_lengths[own_P[begin]])))
         programs_B = own_P[begin : begin + at_once]
         batch = pad(table, programs_B, device)
         logits_TBV = model(batch.sources_SB, batch.source_lengths_B, batch.inputs_TB)
