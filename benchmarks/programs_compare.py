@@ -14,6 +14,7 @@ Gains are GF less stacked, in points, a seed's GF against the same seed's stack;
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -29,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 
-from gfrnn.config import Settings, matched_stack, preset, sizes
+from gfrnn import cli
+from gfrnn.config import Settings, UserError, matched_stack, preset, sizes, validate
 from gfrnn.nn import EncoderDecoder
 from gfrnn.runs import RunFolder, load_model, versions, write_json
 from gfrnn.training.evaluate import progress_bar
@@ -51,9 +53,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("training", nargs="*", help="flags of src/train.py, after --")
     flags = parser.parse_args()
-
-    feedback = preset(flags.preset)
-    nets = {"gf": feedback, "stack": matched_stack(feedback)}
+    if flags.seeds < 1:
+        parser.error(f"--seeds is {flags.seeds}; it must be at least 1")
+    try:
+        nets = nets_of(flags.preset, flags.training)
+    except UserError as error:
+        parser.error(str(error))
     runs = {name: [flags.output_dir / f"{name}-seed-{seed}" for seed in range(flags.seeds)] for name in nets}
     for seed in range(flags.seeds):  # alternating, so that what is there at any time can be compared
         for name, settings in nets.items():
@@ -82,18 +87,36 @@ def main() -> None:
         draw(panels, flags.plot, f"GF less stacked, {flags.seeds} seeds", gain=True)
 
 
+def nets_of(name: str, flags: list[str]) -> dict[str, Settings]:
+    """The preset's net with these flags, and its stack. Both end after the same updates: nothing ends them early."""
+    for own in ("--preset", "--seed", "--output-dir", "--feedback", "--patience"):
+        if any(flag == own or flag.startswith(f"{own}=") for flag in flags):
+            raise UserError(f"{own} is this script's own: leave it out")
+    settings = cli.parse(Settings, flags, default=preset(name))
+    settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, patience=0))
+    if settings.task != "programs" or settings.model.feedback == "none":
+        raise UserError(f"--preset {name} is no net of programs with feedback: give one such as programs-demo")
+    validate(settings)
+    return {"gf": settings, "stack": matched_stack(settings)}
+
+
 def train(launcher: str, settings: Settings, run: Path, seed: int, flags: list[str]) -> None:
-    """One run, unless it is finished."""
+    """One run, unless it is finished. In a folder of other settings it ends this program."""
     model = settings.model
-    command = [*shlex.split(launcher), str(ROOT / "src/train.py"), "--preset", settings.preset]
-    command += ["--hidden-size", str(model.hidden_size), "--feedback", model.feedback]
-    command += ["--seed", str(seed), "--output-dir", str(run), *flags]
+    command = [*shlex.split(launcher), str(ROOT / "src/train.py"), "--preset", settings.preset, *flags]
+    command += ["--hidden-size", str(model.hidden_size), "--feedback", model.feedback, "--patience", "0"]
+    command += ["--seed", str(seed), "--output-dir", str(run)]
     print(shlex.join(command), file=sys.stderr, flush=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
-    summary = RunFolder(run).read_summary()
-    if summary is None or not summary["finished"]:
-        sys.exit(f"error: that training ended with status {done.returncode}; the same command goes on")
+    folder = RunFolder(run)
+    summary = folder.read_summary()
+    if done.returncode != 0 or summary is None or not summary["finished"]:
+        sys.exit(
+            f"error: that training ended with status {done.returncode}; where it was stopped the same command goes on"
+        )
+    if folder.read_settings().run.max_updates != settings.run.max_updates:
+        sys.exit(f"error: {run} has a longer run already; give another --output-dir")
 
 
 def load(run: Path, device: str) -> EncoderDecoder:
@@ -150,11 +173,11 @@ def gains(results: dict[str, Any], name: str) -> Panel:
 def show(results: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     for who, found in results["nets"].items():
+        shares = {what: [100 * share for share in found[f"test_{name}"]] for name, what in MEASURES.items()}
         console.print(
-            f"{who}: {found['units']} units a layer, {found['parameters']:,} parameters, {found['step'][0]} updates; "
-            f"test {' '.join(f'{bpc:.3f}' for bpc in found['test_bpc'])} BPC, "
-            f"{' '.join(f'{100 * share:.1f}' for share in found['test_accuracy'])} % of characters, "
-            f"{' '.join(f'{100 * share:.1f}' for share in found['test_exact'])} % of targets right",
+            f"{who}: {found['units']} units a layer, {found['parameters']:,} parameters, updates {found['step']}; "
+            f"test {_row(found['test_bpc'], 3)} BPC, right: "
+            + ", ".join(f"{_row(values, 1)} % of {what}" for what, values in shares.items()),
             markup=False,
         )
     for name, what in MEASURES.items():
@@ -172,6 +195,10 @@ def show(results: dict[str, Any]) -> None:
         gain = Share(**results[f"{name}_gain"])
         interval = f" [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]" if results["seeds"] > 1 else ""
         console.print(f"mean gain {100 * gain.value:+.2f} points{interval}", markup=False)
+
+
+def _row(values: list[float], digits: int) -> str:
+    return " ".join(f"{value:.{digits}f}" for value in values)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,9 @@ class ProgramSettings:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """About the most characters of a program and of its target: every operation is an if, with all digits."""
-        source = self.nesting * (3 * self.length + 17) + self.length + 7
+        """About the most characters of a program and of its target: every operation is the longest, with all digits."""
+        operation = max(3 * self.length + 17, self.length + 27)  # an if, a loop
+        source = self.nesting * operation + self.length + 7
         return source, round(self.length + self.nesting * math.log10(4 * self.length)) + 2
 
 
@@ -349,6 +350,8 @@ def validate(settings: Settings) -> None:
             raise UserError(
                 f"--rows {b.rows} is more than --num-programs {p.num_programs}: an update would have too few"
             )
+        if p.curriculum in LADDERS and not r.valid_every:
+            raise UserError(f"--curriculum {p.curriculum} goes on by validations: --valid-every must not be 0")
         if p.curriculum in LADDERS and b.rows > p.level_programs:
             raise UserError(f"--rows {b.rows} is more than --level-programs {p.level_programs}: raise the latter")
     if m.unit == "mrnn" and (m.num_layers != 1 or m.feedback != "none" or m.layer_norm):
@@ -448,7 +451,8 @@ class Sizes:
 
 def sizes(settings: Settings) -> Sizes:
     """Parameter counts of what the settings train."""
-    return sum(networks(settings)[1:], start=networks(settings)[0])
+    first, *others = networks(settings)
+    return sum(others, start=first)
 
 
 def networks(settings: Settings) -> tuple[Sizes, ...]:

@@ -272,6 +272,11 @@ def checkpoint_origin(path: Path) -> tuple[Settings, str | None]:
     return Settings.from_json(trainer["settings"]), trainer.get("corpus_md5")
 
 
+def checkpoint_step(path: Path) -> int:
+    """Updates after which a checkpoint was written. Raises UserError if the file is damaged."""
+    return int(_read_json(path / "trainer.json", "position")["position"]["step"])
+
+
 def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     """Reads a checkpoint folder; weights_only leaves the optimizer's and the carried state out.
 

@@ -57,12 +57,9 @@ class Text:
     valid: Bytes
     test: Bytes
 
-    def check(self, batch: BatchSettings) -> None:
-        """Raises UserError if it is too short for such updates."""
+    def prepare(self, batch: BatchSettings) -> str:
+        """What there is of it, in words: all is made already. Raises UserError if it is too short for such updates."""
         segments_per_epoch(len(self.train), batch.rows, batch.steps)
-
-    def prepare(self) -> str:
-        """What there is of it, in words: all is made already."""
         return f"{len(self.train):,} training, {len(self.valid):,} validation, {len(self.test):,} test bytes"
 
 

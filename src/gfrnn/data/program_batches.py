@@ -27,7 +27,7 @@ END = TARGET_SYMBOLS.index(".")
 """Ends every target, and is what the decoder reads before the first of its characters."""
 
 _POOL = 32  # batches that are sorted together: little padding, and lengths that vary from update to update
-_SOURCE_STEPS, _TARGET_STEPS = 32, 8  # shapes on CUDA are multiples of them: graphs are captured by shape
+_SHAPES = 8  # numbers of steps on CUDA: as many graphs as a net keeps
 
 
 class ProgramBatch(NamedTuple):
@@ -111,8 +111,8 @@ def pad(
     source_lengths_B = np.where(exists_B, table.source_lengths[programs_B], 0)
     target_lengths_B = np.where(exists_B, table.target_lengths[programs_B], 0)
     S, T = longest or (source_lengths_B.max(), target_lengths_B.max())
-    if device.type == "cuda":
-        S, T = round_up(int(S), _SOURCE_STEPS), round_up(int(T), _TARGET_STEPS)
+    if device.type == "cuda":  # graphs are captured by shape: let there be few
+        S, T = room(table.source_lengths, int(S)), room(table.target_lengths, int(T))
     sources_BS = _rows(table.sources, table.source_offsets[programs_B], source_lengths_B, int(S))
     targets_BT = _rows(table.targets, table.target_offsets[programs_B], target_lengths_B, int(T))
     inputs_BT = np.concatenate([np.full((len(targets_BT), 1), END), targets_BT[:, :-1]], axis=1)
@@ -123,8 +123,9 @@ def pad(
     return ProgramBatch(*map(on_device, (sources_BS, source_lengths_B, inputs_BT, targets_BT, target_lengths_B)))
 
 
-def round_up(steps: int, multiple: int = _SOURCE_STEPS) -> int:
-    """To a multiple, by default that of sources."""
+def room(length_P: Numbers, steps: int) -> int:
+    """`steps`, rounded up to one of few numbers of steps for texts of these lengths."""
+    multiple = -(-int(length_P.max()) // _SHAPES)
     return -(-steps // multiple) * multiple
 
 

@@ -1,24 +1,19 @@
-"""The programs of a run: what its settings say, made when it is asked for and kept as Arrow."""
+"""The programs of a run: kept as Arrow, those of a curriculum's levels made when they are reached."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gfrnn.config import LADDERS, BatchSettings, ProgramSettings, Settings
 from gfrnn.data.corpus import Text, data_folder, load_text
-from gfrnn.data.programs import GENERATOR_VERSION, Level, Split, ladder
-
-if TYPE_CHECKING:
-    from gfrnn.data.programs import ProgramTable
+from gfrnn.data.programs import GENERATOR_VERSION, ProgramTable, Recipe, Split, ladder
 
 
 class ProgramCorpus:
     """Tables of programs. Validation's and test's are as hard as training's will be in the end.
 
-    Any number of processes may make one of the same folder at the same time. Every method raises UserError for programs
-    that cannot be kept.
+    Any number of processes may use one folder at the same time. Raises UserError for programs that cannot be kept.
     """
 
     def __init__(self, settings: ProgramSettings, data_dir: Path):
@@ -26,31 +21,36 @@ class ProgramCorpus:
         p = settings
         self.name = f"programs (length {p.length}, nesting {p.nesting}, {p.curriculum})"
         self.md5 = hashlib.md5(GENERATOR_VERSION.encode(), usedforsecurity=False).hexdigest()
-        """Of the generator: all else is in the settings."""
+        """Of the generator's version: all else that programs depend on is in the settings."""
         self.levels = ladder(p.length, p.nesting)
-        self.valid = self._load("valid", p.valid_programs, self.levels[-1])
-        self.test = self._load("test", p.valid_programs, self.levels[-1])
+        self.has_levels = p.curriculum in LADDERS
+        self.valid = self._kept("valid", p.valid_programs)
+        self.test = self._kept("test", p.valid_programs)
 
-    def check(self, batch: BatchSettings) -> None:
-        """Nothing is left to be found out: config.validate has seen the numbers."""
-
-    def prepare(self) -> str:
+    def prepare(self, batch: BatchSettings) -> str:
         """Makes what training begins with; what there is, in words."""
         train = self.train(0, 0)
         return f"{len(train):,} training, {len(self.valid):,} validation, {len(self.test):,} test programs"
 
     def train(self, level: int, part: int) -> ProgramTable:
-        """A pass of training: without a ladder the same programs each, else new ones of the level's."""
+        """A pass of training: without levels the same programs each, else new ones of the level's."""
         p = self.settings
-        if p.curriculum not in LADDERS:
-            return self._load("train", p.num_programs, None)
-        return self._load("train", p.level_programs, self.levels[level], start=part * p.level_programs)
+        if not self.has_levels:
+            return self._kept("train", p.num_programs)
+        return self._made("train", level, part * p.level_programs, p.level_programs)
 
     def level_valid(self, level: int) -> ProgramTable:
         """Validation programs as hard as a level's."""
-        return self._load("valid", self.settings.valid_programs, self.levels[level])
+        return self._made("valid", level, 0, self.settings.valid_programs)
 
-    def _load(self, split: Split, count: int, level: Level | None, start: int = 0) -> ProgramTable:
+    def _made(self, split: Split, level: int, start: int, count: int) -> ProgramTable:
+        """Of a level, in memory: they are read for a while only, and made in a moment."""
+        p = self.settings
+        recipe = Recipe(p.length, p.nesting, p.curriculum, self.levels[level], p.program_seed, split)
+        return ProgramTable.of(recipe.programs(start, start + count))
+
+    def _kept(self, split: Split, count: int) -> ProgramTable:
+        """As hard as can be."""
         from gfrnn.data.program_dataset import load_programs
 
         p = self.settings
@@ -60,9 +60,8 @@ class ProgramCorpus:
             nesting=p.nesting,
             length=p.length,
             num_programs=count,
-            start=start,
             curriculum=p.curriculum,
-            level=level if p.curriculum in LADDERS else None,
+            level=self.levels[-1],
             seed=p.program_seed,
         )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -184,6 +184,21 @@ class ProgramTable:
     """Indices into TARGET_SYMBOLS: uint8 [characters of all targets]."""
     target_offsets: npt.NDArray[np.int64]
     """int64 [P + 1]."""
+
+    @classmethod
+    def of(cls, samples: Iterable[Program]) -> ProgramTable:
+        """A table of these."""
+        programs, targets = zip(*samples, strict=True)
+
+        def offsets(texts: tuple[str, ...]) -> npt.NDArray[np.int64]:
+            return np.cumsum([0, *map(len, texts)])
+
+        return cls(
+            encode("".join(programs), PROGRAM_SYMBOLS),
+            offsets(programs),
+            encode("".join(targets), TARGET_SYMBOLS),
+            offsets(targets),
+        )
 
     def __len__(self) -> int:
         return len(self.source_offsets) - 1

@@ -213,6 +213,7 @@ class GatedFeedbackRNN(nn.Module):
             if not batched:
                 raise ValueError("lengths are for batches; unbatched input is as long as it is")
             check_lengths(lengths, T, B, input.device)
+            lengths = lengths.contiguous()  # as kernels read them
         if self.training and noise is None and (self.dropout or self.input_dropout or self.weight_dropout):
             noise = Noise.fresh(B, input.device)
         if not self.training:

@@ -36,6 +36,8 @@ class EvaluateSettings:
     """Score this file (plain, .gz, .xz, .zip) instead of the corpus' validation and test parts."""
     corpus_file: Path | None = None
     """The corpus the run was trained on, if it has moved since."""
+    data_dir: Path | None = None
+    """Where corpora are kept as Arrow, if not where the run had them."""
     streams: int = 32
     """Read the text as so many pieces side by side; 1 is exact."""
     warmup: int = 1000
@@ -95,7 +97,7 @@ def _main() -> None:
         write_json(settings.json.resolve(), results)  # a link stays one
 
 
-_OF_PROGRAMS = ("nesting", "length", "cell_programs", "show", "csv", "heat_map")
+_OF_PROGRAMS = ("nesting", "length", "cell_programs", "show", "csv", "heat_map", "mlflow")
 _OF_TEXT = ("text_file", "corpus_file", "streams", "warmup", "dynamic")
 
 
@@ -211,6 +213,8 @@ def _texts(settings: EvaluateSettings, trained: Settings, corpus_md5: str | None
     data = trained.data
     if settings.corpus_file is not None:
         data = dataclasses.replace(data, corpus_file=settings.corpus_file)
+    if settings.data_dir is not None:
+        data = dataclasses.replace(data, data_dir=settings.data_dir)
     corpus = load_text(data)
     if corpus_md5 not in (None, corpus.md5):
         raise UserError(

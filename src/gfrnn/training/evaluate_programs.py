@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 import tempfile
 from collections.abc import Callable
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfrnn.config import MOST_LENGTH, MOST_NESTING, Settings, UserError
-from gfrnn.runs import RunFolder, checkpoint_origin, find_checkpoint, load_model, write_json
+from gfrnn.runs import (
+    RunFolder,
+    checkpoint_origin,
+    checkpoint_step,
+    find_checkpoint,
+    load_model,
+    replace_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from gfrnn.nn import EncoderDecoder
@@ -18,8 +27,8 @@ if TYPE_CHECKING:
     from gfrnn.training.grid import Cell, Share
 
 
-def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> dict[str, Any]:
-    """Scores the grid that the settings ask for, prints tables, writes files, logs to MLflow; returns the figures."""
+def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
+    """Scores the grid that the settings ask for, prints tables, writes files, logs to MLflow."""
     nesting, length = settings.nesting or trained.programs.nesting, settings.length or trained.programs.length
     for flag, value, most in (("--nesting", nesting, MOST_NESTING), ("--length", length, MOST_LENGTH)):
         if not 1 <= value <= most:
@@ -34,6 +43,7 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> dict[str
     from gfrnn.training.grid import score_grid
     from gfrnn.training.sample import device_of
 
+    data_dir = data_folder(settings.data_dir or trained.data.data_dir)
     device = device_of(settings.device)
     models, paths = [], []
     for run in runs:
@@ -44,7 +54,7 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> dict[str
     with progress_bar("programs") as bar:
         cells = score_grid(
             models,
-            data_folder(trained.data.data_dir),
+            data_dir,
             nesting=nesting,
             length=length,
             programs=settings.cell_programs,
@@ -53,7 +63,7 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> dict[str
         )
     _print_tables(cells, [str(path) for path in paths], settings.cell_programs)
     if settings.show:
-        _show(models, trained, data_folder(trained.data.data_dir), settings.show)
+        _show(models, trained, data_dir, settings.show)
     results: dict[str, Any] = {
         "checkpoint": str(paths[0]),
         "device": device,
@@ -64,47 +74,57 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> dict[str
     rows = [cell.to_json() for cell in cells]
     results |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name in _MEANS}
     results["cells"] = rows
-    _write(settings, results, cells, [path.parent.parent.name for path in paths], paths[0])
-    return results
+    _write(settings, results, cells, paths)
 
 
 _MEANS = ("accuracy", "exact", "bpc", "other_accuracy", "other_exact", "accuracy_gain", "exact_gain")
 
 
-def _write(
-    settings: EvaluateSettings, results: dict[str, Any], cells: list[Cell], names: list[str], checkpoint: Path
-) -> None:
-    """The files asked for, and all of it to the MLflow run that follows the run's folder."""
-    from gfrnn.training.heat_map import draw
+def _write(settings: EvaluateSettings, results: dict[str, Any], cells: list[Cell], checkpoints: list[Path]) -> None:
+    """The files asked for, and all of it to the MLflow run that follows the first run's folder."""
+    if settings.json is not None:
+        write_json(settings.json.resolve(), results)
+    if settings.csv is not None:
+        _write_csv(settings.csv, results)
+    if settings.heat_map is not None:
+        _draw(cells, settings.heat_map.resolve(), checkpoints)
+    run = RunFolder(checkpoints[0].parent.parent)
+    if not settings.mlflow or run.mlflow_run_id() is None:
+        return
     from gfrnn.training.tracking import add_to_run
 
-    gain = len(names) > 1
+    gain = len(checkpoints) > 1
+    stem = "programs-gain" if gain else "programs"
+    figures = {f"{stem}/{name}": results[name] for name in _MEANS if name in results}
+    for row in results["cells"]:
+        for name in ("accuracy_gain", "exact_gain") if gain else ("accuracy", "exact"):
+            figures[f"{stem}/{name}_nesting_{row['nesting']}_length_{row['length']}"] = row[name]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{stem}.{kind}" for kind in ("json", "csv", "png")]
+        write_json(files[0], results)
+        _write_csv(files[1], results)
+        _draw(cells, files[2], checkpoints)
+        add_to_run(run.path, figures, files, step=checkpoint_step(checkpoints[0]))
+
+
+def _write_csv(path: Path, results: dict[str, Any]) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, results["cells"][0])
+    table.writeheader()
+    table.writerows(results["cells"])
+    replace_file(path.resolve(), text.getvalue().encode())
+
+
+def _draw(cells: list[Cell], path: Path, checkpoints: list[Path]) -> None:
+    from gfrnn.training.heat_map import draw
+
+    gain = len(checkpoints) > 1
     panels = {
         "characters": {(c.nesting, c.length): c.accuracy_gain() if gain else c.accuracy() for c in cells},
         "whole targets": {(c.nesting, c.length): c.exact_gain() if gain else c.exact() for c in cells},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        stem = "programs-gain" if gain else "programs"
-        own = {kind: Path(folder) / f"{stem}.{kind}" for kind in ("json", "csv", "png")}
-        write_json(own["json"], results)
-        with own["csv"].open("w", newline="") as file:
-            table = csv.DictWriter(file, results["cells"][0])
-            table.writeheader()
-            table.writerows(results["cells"])
-        draw(panels, own["png"], " less ".join(names), gain=gain)
-        for wanted, kind in ((settings.json, "json"), (settings.csv, "csv")):
-            if wanted is not None:
-                wanted.resolve().write_bytes(own[kind].read_bytes())
-        if settings.heat_map is not None:
-            draw(panels, settings.heat_map.resolve(), " less ".join(names), gain=gain)
-        run = RunFolder(checkpoint.parent.parent)
-        if settings.mlflow and run.mlflow_run_id() is not None:
-            figures = {f"{stem}/{name}": results[name] for name in _MEANS if name in results}
-            for row in results["cells"]:
-                for name in ("accuracy_gain", "exact_gain") if gain else ("accuracy", "exact"):
-                    figures[f"{stem}/{name}_nesting_{row['nesting']}_length_{row['length']}"] = row[name]
-            step = int(checkpoint.name.rpartition("-")[2])
-            add_to_run(run.path, figures, list(own.values()), step=step)
+    names = [f"{path.parent.parent.name} at {checkpoint_step(path)}" for path in map(Path.absolute, checkpoints)]
+    draw(panels, path, " less ".join(names), gain=gain)
 
 
 # ---------------------------------------------------------------------------------------------- what is printed
@@ -113,7 +133,7 @@ def _write(
 def _print_tables(cells: list[Cell], names: list[str], programs: int) -> None:
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     shown: dict[str, Callable[[Cell], Share]] = {}
     for model, name in enumerate(names):
         shown[f"{name}: characters right, %"] = lambda cell, model=model: cell.accuracy(model)  # type: ignore[misc]
@@ -130,13 +150,14 @@ def _print_tables(cells: list[Cell], names: list[str], programs: int) -> None:
 
 
 def _table(cells: list[Cell], share: Callable[[Cell], Share], *, signed: bool) -> Any:
+    from rich.box import SIMPLE
     from rich.table import Table
 
     lengths = sorted({cell.length for cell in cells})
-    table = Table()
+    table = Table(box=SIMPLE, padding=0, collapse_padding=True)
     table.add_column("nesting", justify="right")
     for length in lengths:
-        table.add_column(f"length {length}" if length == lengths[0] else str(length), justify="right")
+        table.add_column(f"length {length}" if length == lengths[0] else f"{length:>6}", justify="right")
     for nesting in sorted({cell.nesting for cell in cells}):
         found = [share(cell) for cell in cells if cell.nesting == nesting]
         figures = [f"{100 * s.value:{'+' if signed else ''}.1f} ±{50 * (s.high - s.low):.1f}" for s in found]

@@ -128,11 +128,17 @@ def ratio(parts_P: npt.NDArray[Any], wholes_P: npt.NDArray[Any]) -> Share:
 
 
 def difference(ours_P: npt.NDArray[Any], theirs_P: npt.NDArray[Any], wholes_P: npt.NDArray[Any]) -> Share:
-    """The ratio of the first less that of the second, on the same samples: a normal interval of the paired ones."""
+    """The ratio of the first less that of the second, on the same samples.
+
+    The paired interval of Agresti and Min 2005 (Statistics in Medicine 24): as if in two more samples one had been
+    right by half a unit more, and the other. So a handful of samples that differ are no evidence.
+    """
     gains_P = ours_P.astype(float) - theirs_P
     value = float(gains_P.sum() / wholes_P.sum())
-    half = _Z * _standard_error(gains_P - value * wholes_P, wholes_P)
-    return Share(value, value - half, value + half)
+    more = 1 + 2 / len(gains_P)
+    residuals_P = np.append(gains_P - value / more * wholes_P, 1.0)
+    centre, half = value / more, _Z * math.sqrt((residuals_P**2).sum()) / (wholes_P.sum() * more)
+    return Share(value, min(value, centre - half), max(value, centre + half))
 
 
 def _standard_error(residuals_P: npt.NDArray[Any], wholes_P: npt.NDArray[Any]) -> float:

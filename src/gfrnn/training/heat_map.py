@@ -45,7 +45,7 @@ def draw(panels: dict[str, Panel], path: Path, title: str, *, gain: bool) -> Non
         axis.set_ylabel("nesting (operations)")
         axis.set_title(f"{what}, {'gain in points' if gain else '% right'}", fontsize=10)
         figure.colorbar(picture, ax=axis, pad=0.02)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)  # the name of a folder
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

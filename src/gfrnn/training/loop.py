@@ -134,8 +134,9 @@ class Trainer:
                 step = self.position.step
                 if step % run.log_every == 0 or step == self.total:
                     self._log(done)
-                if step == self.total or (run.valid_every and step % run.valid_every == 0):
-                    self._validate()
+                due = bool(run.valid_every) and step % run.valid_every == 0
+                if step == self.total or due:
+                    self._validate(check=due)
                 if done.stop or done.save or (run.checkpoint_every and step % run.checkpoint_every == 0):
                     self._save()
                 if done.stop:
@@ -228,8 +229,11 @@ class Trainer:
 
     # --------------------------------------------------------------------------------- looking and reporting
 
-    def _validate(self) -> None:
-        """Scores the validation data with the averaged weights (else the weights); a new best is saved as such."""
+    def _validate(self, *, check: bool = False) -> None:
+        """Scores the validation data with the averaged weights (else the weights); a new best is saved as such.
+
+        check: has the task look at it too, at updates that depend on the settings alone: not at an end, which moves.
+        """
         position = self.position
         self.plain_model.load_state_dict(best_weights(self.shards, self.average))
         figures = self.task.validate(self.plain_model, position.step)
@@ -240,10 +244,10 @@ class Trainer:
         if best:
             position.best, position.best_step, position.without_best = figures, position.step, 0
         else:
-            position.without_best += 1
+            position.without_best += self.task.as_hard_as_validation
         self._write_line({"step": position.step, "epoch": self._epoch, **_named("valid", figures)})
         self.progress.say(f"update {position.step}: validation {describe(figures)}{' (best so far)' if best else ''}")
-        changed = self.task.check(position.step, self.plain_model)
+        changed = self.task.check(position.step, self.plain_model) if check else None
         if changed is not None:
             self.progress.say(changed)
         if best:

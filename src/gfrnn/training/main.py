@@ -61,7 +61,7 @@ def _main() -> None:
         from gfrnn.data import load_corpus
 
         corpus = load_corpus(settings)
-        cli.say(f"{corpus.name} is ready: {corpus.prepare()}")
+        cli.say(f"{corpus.name} is ready: {corpus.prepare(settings.batch)}")
         return
     train(settings, ds_config, run)
 
@@ -83,7 +83,7 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
                 Tracker.start(run.path, settings.run.experiment).finish()
             _print_results(finished, settings, run)
         return
-    corpus.check(settings.batch)  # what cannot work answers at once
+    corpus.prepare(settings.batch)  # what cannot work answers at once, and what must be made is made before the group
     run.check_writable()
 
     import torch.distributed as dist
@@ -196,10 +196,11 @@ def print_settings(settings: Settings, ds_config: dict[str, Any], world_size: in
             if not isinstance(value, dict):
                 print(f"--{name.replace('_', '-'):24} {value}")
     print(f"parameters                 {count.total:,} ({count.recurrent:,} recurrent weights)")
-    for part, network in zip(
-        ("source", "target") if settings.task == "programs" else ("",), networks(settings), strict=True
-    ):
-        print(f"{f'FLOP a {part} character':26} {network.train_flops:,} to train".replace("  character", " character"))
+    labels = (
+        ("FLOP a character",) if settings.task == "text" else ("FLOP a source character", "FLOP a target character")
+    )
+    for label, network in zip(labels, networks(settings), strict=True):
+        print(f"{label:26} {network.train_flops:,} to train")
     print(f"processes                  {world_size}, ZeRO stage {stage_of(ds_config)}")
     print(f"DeepSpeed config           {json.dumps(ds_config)}")
     memory = estimate(settings, ds_config, world_size)

@@ -9,7 +9,6 @@ Legend: S, T steps, B rows, V characters of targets, P programs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS
-from gfrnn.data.program_batches import END, ProgramBatch, pad, round_up
+from gfrnn.data.program_batches import END, ProgramBatch, pad, room
 from gfrnn.data.programs import ProgramTable, decode, encode
 from gfrnn.nn import EncoderDecoder
 from gfrnn.training.evaluation import bits_TB
@@ -71,12 +70,8 @@ def score_programs(
     *,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[float], None] | None = None,
 ) -> ProgramScores:
-    """Scores every program once; puts the model in eval mode. With several processes each scores its share.
-
-    progress: called with the part done, 0 to 1.
-    """
+    """Scores every program once; puts the model in eval mode. With several processes each scores its share."""
     model.eval()
     device = next(model.parameters()).device
     own_P = np.argsort(table.source_lengths, kind="stable")[::-1][rank::world_size]  # the longest first
@@ -84,14 +79,12 @@ def score_programs(
     begin = 0
     while begin < len(own_P):
         # as many rows for any length that is padded to the same one: few shapes, for CUDA graphs
-        at_once = max(1, _SYMBOLS_AT_A_TIME // round_up(int(table.source_lengths[own_P[begin]])))
+        at_once = max(1, _SYMBOLS_AT_A_TIME // room(table.source_lengths, int(table.source_lengths[own_P[begin]])))
         programs_B = own_P[begin : begin + at_once]
         batch = pad(table, programs_B, device)
         logits_TBV = model(batch.sources_SB, batch.source_lengths_B, batch.inputs_TB)
         found.append((programs_B, row_sums(logits_TBV, batch)))
         begin += at_once
-        if progress is not None:
-            progress(min(1.0, begin / len(own_P)))
     programs = np.concatenate([np.empty(0, np.int64), *(numbers for numbers, _ in found)])
     bits = np.concatenate([np.empty(0), *(sums.bits_B.double().cpu().numpy() for _, sums in found)])
     right = np.concatenate([np.empty(0, np.int64), *(sums.right_B.cpu().numpy() for _, sums in found)])

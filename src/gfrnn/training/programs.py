@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gfrnn.config import LADDERS, Settings, UserError, networks
+from gfrnn.config import Settings, UserError, networks
 from gfrnn.data import ProgramBatches, ProgramCorpus, ProgramTable
 from gfrnn.nn import EncoderDecoder
 from gfrnn.nn.noise import hash_numbers
@@ -19,6 +19,7 @@ from gfrnn.training.objective import ProgramLoss
 from gfrnn.training.program_evaluation import predict, score_programs
 
 _SHOWN = 5  # programs in a run's sample
+_OF_CURRICULUM = ("curriculum", "nesting", "length", "num_programs", "level_programs", "program_seed")
 
 
 class ProgramTask:
@@ -34,7 +35,6 @@ class ProgramTask:
         self.updates_per_epoch = p.num_programs // rows
         self.update_size = f"{rows} programs"
         self.notices: list[str] = []
-        self.ladder = p.curriculum in LADDERS
         self.curriculum = Curriculum()
         self._part = (-1, -1)  # level and pass that `batches` are of
         self._at = 0
@@ -45,12 +45,16 @@ class ProgramTask:
     def rate_scale(self) -> float:
         return self.curriculum.rate_scale
 
+    @property
+    def as_hard_as_validation(self) -> bool:
+        return not self.corpus.has_levels or self.curriculum.level == len(self.corpus.levels) - 1
+
     def objective(self, model: EncoderDecoder) -> ProgramLoss:
         return ProgramLoss(model)
 
     def begin(self, update: int) -> None:
         settings, level = self.settings, self.curriculum.level
-        programs = settings.programs.level_programs if self.ladder else settings.programs.num_programs
+        programs = settings.programs.level_programs if self.corpus.has_levels else settings.programs.num_programs
         part, self._at = divmod(update - self.curriculum.begun, programs // settings.batch.rows)
         if self._part != (level, part):
             self.batches = ProgramBatches(
@@ -87,7 +91,7 @@ class ProgramTask:
         self.curriculum.see(figures["accuracy"])
 
     def progress(self) -> dict[str, float]:
-        if not self.ladder:
+        if not self.corpus.has_levels:
             return {}
         length, nesting = self.corpus.levels[self.curriculum.level]
         return {"level_length": length, "level_nesting": nesting}
@@ -96,7 +100,7 @@ class ProgramTask:
         return self._score(model, self.corpus.valid)
 
     def check(self, update: int, model: EncoderDecoder) -> str | None:
-        if not self.ladder:
+        if not self.corpus.has_levels:
             return None
         accuracy = self._score(model, self.corpus.level_valid(self.curriculum.level))["accuracy"]
         length, nesting = self.corpus.levels[self.curriculum.level]
@@ -131,6 +135,12 @@ class ProgramTask:
         return {}, {"curriculum": dataclasses.asdict(self.curriculum)}
 
     def load(self, saved: Checkpoint) -> None:
+        """Where the curriculum was; of another run's it begins anew."""
+        theirs = saved.trainer["settings"]["programs"]
+        if any(theirs.get(name) != getattr(self.settings.programs, name) for name in _OF_CURRICULUM):
+            self.curriculum = Curriculum(begun=int(saved.trainer["position"]["step"]))
+            self.notices = ["another run's curriculum does not go on here: programs and their levels begin anew"]
+            return
         try:
             self.curriculum = Curriculum(**saved.trainer["curriculum"])
         except (KeyError, TypeError) as error:

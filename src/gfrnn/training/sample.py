@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gfrnn.cli import parse, run
+from gfrnn.cli import parse, run, say
 from gfrnn.config import PROGRAM_SYMBOLS, UserError
 from gfrnn.data import NEWLINE
 from gfrnn.data.programs import encode
@@ -120,6 +120,10 @@ def _main() -> None:
         raise UserError(f"{settings.run} is a model of text: give it --prompt, or a model of programs its --program")
     if trained.task == "programs" and settings.program is None:
         raise UserError(f"{settings.run} is a model of programs: give it one, --program FILE")
+    if settings.program is not None:
+        for name in ("prompt", "length", "temperature", "top_p", "seed"):
+            if getattr(settings, name) != getattr(SampleSettings, name):
+                say(f"note: --{name.replace('_', '-')} has no effect with --program")
     program = _read_program(settings.program) if settings.program is not None else ""
     device = device_of(settings.device)
     from gfrnn.nn import EncoderDecoder

@@ -33,6 +33,10 @@ class Task(Protocol):
     def rate_scale(self) -> float:
         """What the learning rate is multiplied by."""
 
+    @property
+    def as_hard_as_validation(self) -> bool:
+        """Whether what is learned now is what validation asks: until then no new best means nothing."""
+
     def objective(self, model: Any) -> nn.Module:
         """The module that DeepSpeed wraps: what `read` gives, noise and a divisor -> (loss, sums [figures], state)."""
 
@@ -67,7 +71,7 @@ class Task(Protocol):
         """Means by name over the validation data; collective."""
 
     def check(self, update: int, model: Any) -> str | None:
-        """After a validation: what it changes, in words; collective."""
+        """After a validation that the settings ask for: what it changes, in words; collective."""
 
     def test(self, model: Any) -> dict[str, Any]:
         """Means by name over the test data, collective, and of the first process a `sample`."""

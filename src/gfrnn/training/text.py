@@ -27,6 +27,7 @@ class TextTask:
 
     figures: tuple[str, ...] = ("bpc",)
     rate_scale = 1.0
+    as_hard_as_validation = True
 
     def __init__(self, settings: Settings, text: Text, device: torch.device):
         batch = settings.batch
