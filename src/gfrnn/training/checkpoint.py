@@ -18,7 +18,7 @@ from gfrnn.config import RunFailed, Settings, UserError
 from gfrnn.runs import Checkpoint, RunFolder, TensorsByName
 from gfrnn.training.shards import Average, Shards
 
-_PREFIX = "model."  # of parameter names in SegmentLoss; a checkpoint has those of LanguageModel
+_PREFIX = "model."  # of parameter names in an objective; a checkpoint has those of its model
 
 
 @dataclass
