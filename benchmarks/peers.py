@@ -109,7 +109,9 @@ class PairLoop(nn.Module):
         self.candidates, self.units = pairs("weight_hc"), pairs("weight_hu")
         self.gates = nn.ModuleList(linear(ours.get_parameter(f"weight_hg_l{j}")) for j in range(L))
 
-    def forward(self, symbols_TB: Tensor, state: tuple[Tensor, Tensor], noise: None = None) -> tuple[Tensor, object]:
+    def forward(
+        self, symbols_TB: Tensor, state: tuple[Tensor, Tensor], lengths: None = None, noise: None = None
+    ) -> tuple[Tensor, object]:
         L, H = self.num_layers, self.hidden_size
         h, c = list(state[0]), list(state[1])
         vocabulary = self.from_input[0].weight.shape[1]

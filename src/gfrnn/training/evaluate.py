@@ -82,7 +82,7 @@ def _main() -> None:
     _validate(settings)
     from gfrnn.runs import checkpoint_origin, find_checkpoint, write_json
 
-    trained, corpus_md5 = checkpoint_origin(find_checkpoint(settings.run))  # a wrong path answers before torch
+    trained, _ = checkpoint_origin(find_checkpoint(settings.run))  # a wrong path answers before torch
     for flag in without_effect(settings, trained.task):
         say(f"note: {flag} has no effect on a model of {trained.task}")
     if trained.task == "programs":
@@ -92,7 +92,7 @@ def _main() -> None:
         return
     if settings.other:
         raise UserError(f"{settings.run} is a model of text; a second run is compared on programs alone")
-    results = evaluate(settings, trained, corpus_md5)
+    results = evaluate(settings)
     if settings.json is not None:
         write_json(settings.json.resolve(), results)  # a link stays one
 
@@ -136,16 +136,16 @@ def _validate(settings: EvaluateSettings) -> None:
         raise UserError(f"--heat-map {settings.heat_map}: give a name that ends in .png, .svg or .pdf")
 
 
-def evaluate(settings: EvaluateSettings, trained: Settings, corpus_md5: str | None) -> dict[str, Any]:
+def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Scores the text that the settings ask for, prints a table, returns the figures by name."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from gfrnn.runs import load_checkpoint, load_model
+    from gfrnn.runs import checkpoint_origin, find_checkpoint, load_checkpoint, load_model
     from gfrnn.training.sample import device_of
 
-    texts = _texts(settings, trained, corpus_md5)
+    texts = _texts(settings, *checkpoint_origin(find_checkpoint(settings.run)))
     device = device_of(settings.device)
     from gfrnn.nn import LanguageModel
     from gfrnn.training.evaluation import score, score_dynamic
