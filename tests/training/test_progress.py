@@ -17,7 +17,7 @@ from gfrnn.training.progress import TrainingProgress
 with TrainingProgress(40, 30, enabled=True) as progress:
     progress.show(35, "1.235 BPC", 98765.4, 0.5)
     progress.say("validation [1/2] 1.2")
-    progress.show(40, "1.2 BPC", 98765.4, 0.5)
+    progress.show(40, "1.200 BPC", 98765.4, 0.5)
 """
 
 
