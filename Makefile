@@ -26,8 +26,13 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)
 	DS_ACCELERATOR=$(if $(filter-out 0,$(GPUS)),cuda,cpu) $(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) src/train.py --deepspeed ds_configs/z2.json --preset demo --output-dir $(RUN)
 
+# Files whose tests need no machine to themselves, two at a time; the rest start many processes, or look at the clock.
+SIDE_BY_SIDE := tests/nn tests/data/test_streams.py $(wildcard tests/data/test_program*.py) \
+  $(wildcard tests/training/test_program_*.py) tests/training/test_evaluation.py tests/training/test_sample.py
+
 test: lint types
-	$(BIN)/pytest --ignore tests/systems
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(SIDE_BY_SIDE)
+	$(BIN)/pytest --ignore tests/systems $(SIDE_BY_SIDE:%=--ignore %)
 
 lint: $(READY)
 	$(BIN)/ruff check

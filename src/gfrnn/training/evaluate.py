@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gfrnn.data import Bytes
     from gfrnn.training.evaluation import Score
 
+_MOST = 10**7  # of whatever is counted
 _SEAM_BYTES = 1000  # that a stream reads on into the next piece, to measure what starting it in mid-text adds
 
 
@@ -121,8 +122,8 @@ def _validate(settings: EvaluateSettings) -> None:
         ("--dynamic-learning-rate", settings.dynamic_learning_rate, 0),
         ("--dynamic-decay", settings.dynamic_decay, 0),
     ):
-        if not least <= value < math.inf:
-            raise UserError(f"{flag} is {value}; it must be at least {least}, and finite")
+        if not least <= value < _MOST:
+            raise UserError(f"{flag} is {value}; it must be at least {least}, and less than {_MOST:,}")
     if settings.dynamic_decay > 1:
         raise UserError(f"--dynamic-decay is {settings.dynamic_decay}; it must be at most 1")
     if settings.text_file is not None and settings.corpus_file is not None:
@@ -130,8 +131,15 @@ def _validate(settings: EvaluateSettings) -> None:
     for flag, file in (("--json", settings.json), ("--csv", settings.csv), ("--heat-map", settings.heat_map)):
         if file is not None:
             path = file.resolve()
-            if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+            if (
+                not path.parent.is_dir()
+                or (path.exists() and not path.is_file())
+                or not os.access(path.parent, os.W_OK)
+            ):
                 raise UserError(f"{flag} {file}: cannot be written: give a file in a folder that exists")
+    files = [file.resolve() for file in (settings.json, settings.csv, settings.heat_map) if file is not None]
+    if len(set(files)) < len(files):
+        raise UserError("--json, --csv and --heat-map name one file twice: give each its own")
     if settings.heat_map is not None and settings.heat_map.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--heat-map {settings.heat_map}: give a name that ends in .png, .svg or .pdf")
 
@@ -140,7 +148,6 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Scores the text that the settings ask for, prints a table, returns the figures by name."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from gfrnn.runs import checkpoint_origin, find_checkpoint, load_checkpoint, load_model
     from gfrnn.training.sample import device_of
@@ -159,7 +166,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         moments = optimizer.get("exp_avg_sq", optimizer.get("square_avg"))
 
     results: dict[str, Any] = {"checkpoint": str(path), "device": device, "dynamic": settings.dynamic}
-    table = Table(title=Text(f"{path} on {device}"), title_justify="left")  # a path may have brackets in it
+    table = Table()
     for column in ("text", "bytes", "BPC", "streams", "warm-up", "added by streams", "bytes/s"):
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, text in texts.items():
@@ -200,7 +207,11 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             seam,
             f"{found.characters / seconds:,.0f}",
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(
+        f"{path} on {device}", markup=False, highlight=False, soft_wrap=True
+    )  # a path may have brackets in it
+    console.print(table)
     return results
 
 

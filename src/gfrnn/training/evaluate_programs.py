@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gfrnn.cli import say
 from gfrnn.config import MOST_LENGTH, MOST_NESTING, Settings, UserError
 from gfrnn.runs import (
     RunFolder,
@@ -33,6 +34,7 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
     for flag, value, most in (("--nesting", nesting, MOST_NESTING), ("--length", length, MOST_LENGTH)):
         if not 1 <= value <= most:
             raise UserError(f"{flag} is {value}; programs have 1 to {most}")
+    RunFolder(find_checkpoint(settings.run).parent.parent).mlflow_run_id()  # if its file is damaged, better now
     runs = [settings.run, *([settings.other] if settings.other else [])]
     for run in runs:
         if checkpoint_origin(find_checkpoint(run))[0].task != "programs":
@@ -61,9 +63,6 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
             seed=trained.programs.program_seed,
             progress=bar,
         )
-    _print_tables(cells, [str(path) for path in paths], settings.cell_programs)
-    if settings.show:
-        _show(models, trained, data_dir, settings.show)
     results: dict[str, Any] = {
         "checkpoint": str(paths[0]),
         "device": device,
@@ -74,7 +73,10 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
     rows = [cell.to_json() for cell in cells]
     results |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name in _MEANS}
     results["cells"] = rows
-    _write(settings, results, cells, paths)
+    _write(settings, results, cells, paths)  # first: whoever reads what is printed may leave early
+    _print_tables(cells, [str(path) for path in paths], settings.cell_programs)
+    if settings.show:
+        _show(models, trained, data_dir, settings.show)
 
 
 _MEANS = ("accuracy", "exact", "bpc", "other_accuracy", "other_exact", "accuracy_gain", "exact_gain")
@@ -171,6 +173,8 @@ def _show(models: list[EncoderDecoder], trained: Settings, data_dir: Path, count
     from gfrnn.training.program_evaluation import predict
 
     table = ProgramCorpus(trained.programs, data_dir).test
+    if count > len(table):
+        say(f"note: --show {count} is more than the run's {len(table)} test programs: these are all")
     for number in range(min(count, len(table))):
         target = table.target(number).removesuffix(".")
         print(table.program(number))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+from gfrnn.runs import replace_file
 from gfrnn.training.grid import Share
 
 Panel = dict[tuple[int, int], Share]
@@ -46,7 +48,9 @@ def draw(panels: dict[str, Panel], path: Path, title: str, *, gain: bool) -> Non
         axis.set_title(f"{what}, {'gain in points' if gain else '% right'}", fontsize=10)
         figure.colorbar(picture, ax=axis, pad=0.02)
     figure.suptitle(title, fontsize=11, parse_math=False)  # the name of a folder
-    figure.savefig(path, dpi=150)
+    picture_file = io.BytesIO()
+    figure.savefig(picture_file, dpi=150, format=path.suffix[1:].lower() or "png")
+    replace_file(path, picture_file.getvalue())
     plt.close(figure)
 
 

@@ -24,7 +24,7 @@ from gfrnn.config import (
     validate,
     without_effect,
 )
-from gfrnn.runs import RunFolder
+from gfrnn.runs import RunFolder, checkpoint_origin, find_checkpoint
 from gfrnn.training import stopping  # early: it looks who started this process
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
 from gfrnn.training.memory import estimate
@@ -52,6 +52,10 @@ def _main() -> None:
     run = RunFolder(settings.output_dir)
     if not settings.prepare:
         run.check(settings)
+    if settings.start_from is not None:
+        other = checkpoint_origin(find_checkpoint(settings.start_from))[0].task
+        if other != settings.task:
+            raise UserError(f"--start-from {settings.start_from} is a model of {other}, not of {settings.task}")
     for notice in without_effect(settings):
         cli.say(f"note: {notice}")
     if settings.dry_run:

@@ -144,6 +144,8 @@ def _main() -> None:
 
 def _read_program(path: Path) -> str:
     """The program in a file, without the newlines at its end; raises UserError for what no model has characters for."""
+    if str(path) == "-" and sys.stdin is None:
+        raise UserError("--program -: standard input is closed; give a file")
     try:
         source = sys.stdin.read() if str(path) == "-" else path.read_text()
     except OSError as error:
