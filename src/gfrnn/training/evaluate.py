@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -122,8 +123,10 @@ def _validate(settings: EvaluateSettings) -> None:
         ("--dynamic-learning-rate", settings.dynamic_learning_rate, 0),
         ("--dynamic-decay", settings.dynamic_decay, 0),
     ):
-        if not least <= value < _MOST:
-            raise UserError(f"{flag} is {value}; it must be at least {least}, and less than {_MOST:,}")
+        if not least <= value < math.inf:
+            raise UserError(f"{flag} is {value}; it must be at least {least}, and finite")
+        if value > _MOST:
+            raise UserError(f"{flag} is {value}; it must be at most {_MOST:,}")
     if settings.dynamic_decay > 1:
         raise UserError(f"--dynamic-decay is {settings.dynamic_decay}; it must be at most 1")
     if settings.text_file is not None and settings.corpus_file is not None:
