@@ -342,9 +342,7 @@ def validate(settings: Settings) -> None:
     if m.vocab_size != VOCABULARY_SIZES[settings.task]:
         what = {"text": "text is bytes", "programs": "programs have their own characters"}[settings.task]
         raise UserError(f"--vocab-size is {m.vocab_size}, but {what}: leave it at {VOCABULARY_SIZES[settings.task]}")
-    for flag, value, most in (("--nesting", p.nesting, MOST_NESTING), ("--length", p.length, MOST_LENGTH)):
-        if not 1 <= value <= most:
-            raise UserError(f"{flag} is {value}; programs have 1 to {most}")
+    check_difficulty(p.nesting, p.length)
     if settings.task == "programs":
         if settings.batch.rows > p.num_programs:
             raise UserError(
@@ -371,6 +369,13 @@ def validate(settings: Settings) -> None:
         raise UserError(
             f"--final-learning-rate {o.final_learning_rate} is above --learning-rate {o.learning_rate}: schedules fall"
         )
+
+
+def check_difficulty(nesting: int, length: int) -> None:
+    """Raises UserError for programs that there cannot be."""
+    for flag, value, most in (("--nesting", nesting, MOST_NESTING), ("--length", length, MOST_LENGTH)):
+        if not 1 <= value <= most:
+            raise UserError(f"{flag} is {value}; programs have 1 to {most}")
 
 
 def without_effect(settings: Settings) -> list[str]:

@@ -71,7 +71,7 @@ class ProgramBatches:
         self.updates = len(table) // rows
         if self.updates == 0:
             raise UserError(f"{len(table)} programs are too few for --rows {rows}: use fewer rows, or more programs")
-        self._share = RowShare(rows, world_size=world_size, rank=rank, accumulation=accumulation)
+        self._rows_AB = RowShare(rows, world_size=world_size, rank=rank, accumulation=accumulation).rows_AB
         random = np.random.RandomState(seed % 2**32)  # whose numbers are the same in every version of numpy
         order_P = random.permutation(len(table))[: self.updates * rows]
         length_P = table.source_lengths[order_P]
@@ -81,7 +81,7 @@ class ProgramBatches:
 
     def micro_rows(self, micro: int) -> Tensor:
         """Global row ids of a micro-batch: int64 [B], on the device; PADDING (-1) for rows that do not exist."""
-        return self._share.of_micro(micro).to(self.device)
+        return self._rows_AB[micro].to(self.device)
 
     def source_characters(self, update: int) -> int:
         """Characters of the global batch's programs."""
@@ -94,7 +94,7 @@ class ProgramBatches:
     def batch(self, update: int, micro: int) -> ProgramBatch:
         """A micro-batch of update 0 .. updates - 1."""
         programs_R = self._programs_UR[update]
-        rows_B = self._share.of_micro(micro).numpy()
+        rows_B = self._rows_AB[micro].numpy()
         programs_B = np.where(rows_B == PADDING, PADDING, programs_R[rows_B])
         longest = self.table.source_lengths[programs_R].max(), self.table.target_lengths[programs_R].max()
         return pad(self.table, programs_B, self.device, longest)

@@ -22,7 +22,15 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from gfrnn.config import LADDERS, MOST_LENGTH, MOST_NESTING, PROGRAM_SYMBOLS, TARGET_SYMBOLS, Curriculum, UserError
+from gfrnn.config import (
+    LADDERS,
+    MOST_LENGTH,
+    PROGRAM_SYMBOLS,
+    TARGET_SYMBOLS,
+    Curriculum,
+    UserError,
+    check_difficulty,
+)
 from gfrnn.data.corpus import Bytes
 
 Split = Literal["train", "valid", "test"]
@@ -75,9 +83,7 @@ class Recipe:
     split: Split | None = None
 
     def __post_init__(self) -> None:
-        for flag, value, most in ("--length", self.length, MOST_LENGTH), ("--nesting", self.nesting, MOST_NESTING):
-            if not 1 <= value <= most:
-                raise UserError(f"{flag} is {value}; programs have 1 to {most}")
+        check_difficulty(self.nesting, self.length)
         if self.curriculum not in CURRICULA:
             raise UserError(f"--curriculum {self.curriculum!r} is unknown; use one of {', '.join(CURRICULA)}")
         if self.split is not None and self.split not in SPLITS:

@@ -7,7 +7,6 @@ padding. So what an update reads depends on neither the number of processes W no
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from gfrnn.config import UserError
 
@@ -19,7 +18,8 @@ class RowShare:
     """One process's rows. Raises UserError if W > R.
 
     rows: global rows R; rank of world_size W processes; accumulation: micro-batches A an update.
-    `first`, `stop`: the range of global rows that are this process's; `per_micro` is B.
+    `first`, `stop`: the range of global rows that are this process's; `per_micro` is B; `rows_AB`: global row ids of
+    the micro-batches, int64 [A, B], PADDING (-1) for rows that do not exist.
     """
 
     def __init__(self, rows: int, *, world_size: int = 1, rank: int = 0, accumulation: int = 1):
@@ -32,8 +32,4 @@ class RowShare:
         self.rows, self.per_micro = rows, -(-owned // accumulation)
         self.first, self.stop = min(rank * owned, rows), min((rank + 1) * owned, rows)
         row_AB = torch.arange(accumulation * self.per_micro).view(accumulation, self.per_micro) + self.first
-        self._rows_AB = torch.where(row_AB < self.stop, row_AB, PADDING)
-
-    def of_micro(self, micro: int) -> Tensor:
-        """Global row ids of a micro-batch: int64 [B], PADDING (-1) for rows that do not exist."""
-        return self._rows_AB[micro]
+        self.rows_AB = torch.where(row_AB < self.stop, row_AB, PADDING)

@@ -50,7 +50,7 @@ class Streams:
 
         share = RowShare(rows, world_size=world_size, rank=rank, accumulation=accumulation)
         self.rows_per_micro = share.per_micro
-        self._rows_AB = torch.stack([share.of_micro(micro) for micro in range(accumulation)]).to(self.device)
+        self._rows_AB = share.rows_AB.to(self.device)
         self._weights_AB = (self._rows_AB != PADDING).float()
 
         first, last = share.first, share.stop

@@ -6,8 +6,8 @@ Legend: S steps of sources, T steps of targets, B rows, V characters of targets.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gfrnn.config import TARGET_SYMBOLS, ModelSettings
@@ -23,22 +23,15 @@ class EncoderDecoder(nn.Module):
 
     Args:
         settings: sizes and options of both; vocab_size is the encoder's, the decoder has TARGET_SYMBOLS.
-        compute_dtype, recompute, cuda: as LanguageModel's.
+        options: as SymbolRNN's.
     """
 
-    def __init__(
-        self,
-        settings: ModelSettings,
-        *,
-        compute_dtype: torch.dtype | None = None,
-        recompute: int = 0,
-        cuda: str = "graphs",
-    ):
+    def __init__(self, settings: ModelSettings, **options: Any):
         super().__init__()
         self.settings = settings
         targets = dataclasses.replace(settings, vocab_size=len(TARGET_SYMBOLS))
-        self.encoder = SymbolRNN(settings, compute_dtype=compute_dtype, recompute=recompute, cuda=cuda)
-        self.decoder = LanguageModel(targets, compute_dtype=compute_dtype, recompute=recompute, cuda=cuda)
+        self.encoder = SymbolRNN(settings, **options)
+        self.decoder = LanguageModel(targets, **options)
 
     def encode(self, sources_SB: Tensor, lengths_B: Tensor | None = None, *, noise: Noise | None = None) -> State:
         """Sources int64 [S, B], the first lengths[b] symbols of each row (None: all) -> the state that reading leaves.

@@ -89,15 +89,8 @@ class SymbolRNN(nn.Module):
 class LanguageModel(SymbolRNN):
     """`logits, state = model(symbols, state)`: symbols int64 [T, B] -> logits [T, B, V]. Arguments as SymbolRNN's."""
 
-    def __init__(
-        self,
-        settings: ModelSettings,
-        *,
-        compute_dtype: torch.dtype | None = None,
-        recompute: int = 0,
-        cuda: str = "graphs",
-    ):
-        super().__init__(settings, compute_dtype=compute_dtype, recompute=recompute, cuda=cuda)
+    def __init__(self, settings: ModelSettings, **options: Any):
+        super().__init__(settings, **options)
         self.softmax = nn.Linear(self.rnn.output_size, settings.vocab_size)
         nn.init.zeros_(self.softmax.bias)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfrnn.cli import say
-from gfrnn.config import MOST_LENGTH, MOST_NESTING, Settings, UserError
+from gfrnn.config import Settings, UserError, check_difficulty
 from gfrnn.runs import (
     RunFolder,
     checkpoint_origin,
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
     """Scores the grid that the settings ask for, prints tables, writes files, logs to MLflow."""
     nesting, length = settings.nesting or trained.programs.nesting, settings.length or trained.programs.length
-    for flag, value, most in (("--nesting", nesting, MOST_NESTING), ("--length", length, MOST_LENGTH)):
-        if not 1 <= value <= most:
-            raise UserError(f"{flag} is {value}; programs have 1 to {most}")
+    check_difficulty(nesting, length)
     RunFolder(find_checkpoint(settings.run).parent.parent).mlflow_run_id()  # if its file is damaged, better now
     runs = [settings.run, *([settings.other] if settings.other else [])]
     for run in runs:

@@ -189,10 +189,10 @@ class Trainer:
             self.average.update()
         task.see(done.figures)
         self.position.step = step + 1
-        self.position.characters += task.characters(step)
-        window = self.position.window
+        window, characters = self.position.window, task.characters(step)
+        self.position.characters += characters
         window.figures = {name: window.figures.get(name, 0.0) + mean for name, mean in done.figures.items()}
-        window.characters += task.characters(step)
+        window.characters += characters
         window.flops += task.flops(step)
         window.updates += 1
         window.seconds += time.perf_counter() - begin
@@ -236,7 +236,7 @@ class Trainer:
         """
         position = self.position
         self.plain_model.load_state_dict(best_weights(self.shards, self.average))
-        figures = self.task.validate(self.plain_model, position.step)
+        figures = self.task.validate(self.plain_model)
         bpc = figures["bpc"]
         if not math.isfinite(bpc):  # an update whose own loss was still finite
             self._fail(f"validation loss is not finite after update {position.step}")

@@ -96,7 +96,7 @@ class ProgramTask:
         length, nesting = self.corpus.levels[self.curriculum.level]
         return {"level_length": length, "level_nesting": nesting}
 
-    def validate(self, model: EncoderDecoder, update: int) -> dict[str, float]:
+    def validate(self, model: EncoderDecoder) -> dict[str, float]:
         return self._score(model, self.corpus.valid)
 
     def check(self, update: int, model: EncoderDecoder) -> str | None:

@@ -67,7 +67,7 @@ class Task(Protocol):
     def progress(self) -> dict[str, float]:
         """What a logged line has besides."""
 
-    def validate(self, model: Any, update: int) -> dict[str, float]:
+    def validate(self, model: Any) -> dict[str, float]:
         """Means by name over the validation data; collective."""
 
     def check(self, update: int, model: Any) -> str | None:

@@ -94,7 +94,7 @@ class TextTask:
     def progress(self) -> dict[str, float]:
         return {}
 
-    def validate(self, model: LanguageModel, update: int) -> dict[str, float]:
+    def validate(self, model: LanguageModel) -> dict[str, float]:
         return {"bpc": self._score(model, self.text.valid[: self.settings.run.valid_bytes or None])}
 
     def check(self, update: int, model: LanguageModel) -> None:
