@@ -62,7 +62,7 @@ def transposed(model: torch.nn.Module) -> int:
     total = 0
     for rnn in model.modules():
         if isinstance(rnn, GatedFeedbackRNN):
-            layers, _ = rnn._weights(None)
+            layers, _ = rnn.layer_weights()
             matrices = [w for layer in layers for w in (layer.below, layer.candidate, layer.unit, layer.gates)]
             total += sum(w.numel() for w in matrices if w is not None)
         elif isinstance(rnn, MultiplicativeRNN):

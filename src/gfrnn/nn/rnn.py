@@ -219,7 +219,7 @@ class GatedFeedbackRNN(nn.Module):
         if not self.training:
             noise = None
 
-        weights, from_input_NI = self._weights(noise)
+        weights, from_input_NI = self.layer_weights(noise)
         dtype = from_input_NI.dtype
         plan = self.plan
         if self.weight_ih_l0.dtype == torch.bfloat16:  # DeepSpeed's own bf16: products in bf16, everything else fp32
@@ -242,7 +242,7 @@ class GatedFeedbackRNN(nn.Module):
             y_TBY = y_TBY.transpose(0, 1)
         return y_TBY, h_LBH if c_LBH is None else (h_LBH, c_LBH)
 
-    def _weights(self, noise: Noise | None) -> tuple[list[LayerWeights], Tensor]:
+    def layer_weights(self, noise: Noise | None = None) -> tuple[list[LayerWeights], Tensor]:
         """Every layer's weights as the recurrence takes them, and those of the input [N, I]; weight dropout applied."""
         place = PLACE_WEIGHT
 

@@ -1,0 +1,77 @@
+"""What an exported step and whoever runs it agree on: names, and the properties that a file carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TOKEN, H, C = "token", "h", "c"
+LOGITS, H_NEXT, C_NEXT, GATES = "logits", "h_next", "c_next", "gates"
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+"""The two files of a program model's folder."""
+
+FORMAT = 1
+"""Of the properties; a file with another number is of another version of this package."""
+
+Kind = Literal["text", "encoder", "decoder"]
+
+
+class ModelError(ValueError):
+    """A file that cannot be run: missing, damaged, not exported by this package, or not fit for what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a step says about itself, in the file's metadata_props, each name with "gfrnn." before it."""
+
+    kind: Kind
+    """Of text, or which half of a program model."""
+    symbols: str
+    """"bytes", or the characters that symbols 0, 1, .. stand for."""
+    settings: dict[str, Any]
+    """The model's (gfrnn.config.ModelSettings)."""
+    precision: str = "fp32"
+    """Of its products."""
+    unroll: int = 1
+    """Symbols that a run reads."""
+    run_id: str = ""
+    """Of the training run: MLflow's, or the run folder's name."""
+    checkpoint: str = ""
+    """The checkpoint's name, which says the update."""
+    bpc: dict[str, float] = field(default_factory=dict)
+    """Bits a character: of the training run on its splits (valid, test); on the text that the export was checked with,
+    of the trained model (trained) and of this file (exported)."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of what made the file."""
+
+    def to_properties(self) -> dict[str, str]:
+        """As a file carries it."""
+        values = {"format": FORMAT, **dataclasses.asdict(self)}
+        return {f"gfrnn.{name}": v if isinstance(v, str) else json.dumps(v) for name, v in values.items()}
+
+    @classmethod
+    def from_properties(cls, properties: dict[str, str]) -> Metadata:
+        """The reverse. Raises ModelError for a file of another kind or version."""
+        found = {name.removeprefix("gfrnn."): v for name, v in properties.items() if name.startswith("gfrnn.")}
+        if "format" not in found:
+            raise ModelError("was not exported by gfrnn: it has no gfrnn.format among its properties")
+        if found.pop("format") != str(FORMAT):
+            raise ModelError("was exported by another version of gfrnn: export it again")
+        texts = {f.name for f in dataclasses.fields(cls) if f.type in ("str", "Kind")}
+        try:
+            values: dict[str, Any] = {name: v if name in texts else json.loads(v) for name, v in found.items()}
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"has damaged properties ({error}): export it again") from error
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return 1 if self.settings["unit"] == "mrnn" else int(self.settings["num_layers"])
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return int(self.settings["hidden_size"])
