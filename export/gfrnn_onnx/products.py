@@ -16,28 +16,19 @@ Legend: B rows, K x N a weight, M columns of a table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from gfrnn_onnx.precision import Precision
+
 if TYPE_CHECKING:
     from gfrnn_onnx.step import Graph
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MICROSOFT = "com.microsoft"
-OPERATORS = {
-    "fp32": "MatMul",
-    "fp16": "MatMul",
-    "bf16": "MatMul",
-    "int8": "MatMulIntegerToFloat",
-    "int4": "MatMulNBits",
-}
-"""Which operator makes the products."""
-
 Array = npt.NDArray[np.float32]
 _LARGEST_BLOCK = 128
 _ZERO = 128  # what 0 is in unsigned 8 bits

@@ -26,7 +26,8 @@ from gfrnn.nn.language_model import SymbolRNN
 from gfrnn.nn.plan import LayerWeights
 from gfrnn.nn.units import NORM_EPS
 from gfrnn_onnx import names
-from gfrnn_onnx.products import Precision, Products
+from gfrnn_onnx.precision import Precision
+from gfrnn_onnx.products import Products
 
 OPSET = 23
 """The newest that both the CPU and the CUDA provider have kernels for, of every operator here."""

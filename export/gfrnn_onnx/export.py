@@ -1,0 +1,311 @@
+"""From a run to step.onnx (programs: a folder of two): gfrnn-to-onnx, python export/to_onnx.py RUN."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from gfrnn.cli import parse, run, say
+from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, Settings, UserError
+from gfrnn_onnx.names import DECODER, ENCODER, Kind, Metadata
+from gfrnn_onnx.precision import MEANING, Precision
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from gfrnn.data.program_batches import ProgramBatch
+    from gfrnn.nn import Model
+    from gfrnn.nn.language_model import SymbolRNN
+    from gfrnn_onnx.runner import Step
+    from gfrnn_onnx.verify import Differences
+
+_PIECES = 32  # that held-out text is read in, side by side
+_PROGRAMS = 256  # held out, that a program model is checked on
+_MOST_UNROLL = 256
+_LARGEST_FILE = 2**31 - 2**20  # of a protobuf, with room for what is not weights
+_MOST_COST = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.01, "int8": 0.01, "int4": 0.5}
+"""Bits a character that a precision may add before the export counts as failed."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Write the step of a trained model for ONNX Runtime, checked against the model."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder (its best checkpoint) or a checkpoint folder."""
+    output: Path | None = None
+    """The file to write; of a model of programs the folder for encoder.onnx and decoder.onnx. Default: step.onnx, or
+    the folder step."""
+    precision: Precision = "fp32"
+    """Of the products. int8: a quarter of the file, 3 times the speed on a CPU; int4: an eighth, fastest for one
+    sequence, least exact; fp16: half the file, and CUDA's fast products; bf16: half the file, no speed."""
+    unroll: int = 1
+    """Symbols that one run reads: token is [batch, K], logits [batch, K, symbols]. To score, not to generate."""
+    gates: bool = False
+    """Add an output: the global gates [batch, layers, layers] of each step (gated feedback)."""
+    text_file: Path | None = None
+    """Check on this text instead of the run's validation text."""
+    check_bytes: int = 16384
+    """Bytes of held-out text that the export is checked on."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit from the trained model's, in fp32, each step and over 200."""
+    max_cost: float | None = None
+    """Most bits a character that the precision may cost. Default: 0.0001 in fp32, 0.5 in int4, 0.01 in the others."""
+    register: str | None = None
+    """Also log the model to the run's MLflow run, and register it under this name."""
+    triton: Path | None = None
+    """Also write a model repository for Triton into this folder."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+def main() -> None:
+    """gfrnn-to-onnx."""
+    run(_main)
+
+
+def _main() -> None:
+    settings = parse(ExportSettings, sys.argv[1:])
+    from gfrnn.runs import checkpoint_origin, find_checkpoint, write_json
+
+    checkpoint = find_checkpoint(settings.run)
+    trained, corpus_md5 = checkpoint_origin(checkpoint)  # a wrong path answers before torch
+    output = _validate(settings, trained)
+    results = export(settings, checkpoint, trained, corpus_md5, output)
+    if settings.json is not None:
+        write_json(settings.json.resolve(), results)
+    _print(results)
+
+
+def _validate(settings: ExportSettings, trained: Settings) -> Path:
+    """Refuses what cannot work before anything is loaded; where the model goes. Raises UserError."""
+    if not 1 <= settings.unroll <= _MOST_UNROLL:
+        raise UserError(f"--unroll is {settings.unroll}; it must be from 1 to {_MOST_UNROLL}")
+    if settings.check_bytes < _PIECES:
+        raise UserError(f"--check-bytes is {settings.check_bytes}; it must be at least {_PIECES}")
+    for flag, value in (("--tolerance", settings.tolerance), ("--max-cost", settings.max_cost)):
+        if value is not None and not value > 0:  # nor nan
+            raise UserError(f"{flag} is {value}; it must be above 0")
+    if settings.gates and (trained.model.feedback != "gated" or trained.model.unit == "mrnn"):
+        raise UserError("--gates: this model has no gated feedback, so no global gates; leave --gates out")
+    programs = trained.task == "programs"
+    if programs and settings.text_file is not None:
+        say("note: --text-file has no effect on a model of programs")
+    output = (settings.output or Path("step" if programs else "step.onnx")).resolve()
+    if programs and output.is_file():
+        raise UserError(f"--output {output}: a model of programs is a folder of two files, and there a file is")
+    if not programs and output.is_dir():
+        raise UserError(f"--output {output}: is a folder; give the name of a file")
+    for flag, path in (("--output", output), ("--json", settings.json)):
+        if path is not None and not (path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)):
+            raise UserError(f"{flag} {path}: cannot be written: give a name in a folder that exists")
+    return output
+
+
+def export(
+    settings: ExportSettings, checkpoint: Path, trained: Settings, corpus_md5: str | None, output: Path
+) -> dict[str, Any]:
+    """Builds, checks, and only then puts in place. Returns the figures by name; raises UserError if a check fails."""
+    from gfrnn.runs import load_model
+
+    held_out = _held_out(settings, trained, corpus_md5)  # what cannot be found is said before the work
+    model, _, _ = load_model(checkpoint, "fp32")
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        results = _write(settings, model, checkpoint, trained, held_out, Path(folder), output.name)
+        programs = trained.task == "programs"
+        if programs:
+            output.mkdir(exist_ok=True)
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights beside a file come before it
+            file.replace(output / file.name if programs else output.with_name(file.name))
+    if settings.triton is not None:
+        from gfrnn_onnx.triton import write_triton
+
+        write_triton(output, settings.triton)
+    if settings.register is not None:
+        from gfrnn_onnx.mlflow_model import register
+
+        register(output, settings.register, checkpoint.parent.parent)
+    return {"output": str(output), **results}
+
+
+def _write(
+    settings: ExportSettings,
+    model: Model,
+    checkpoint: Path,
+    trained: Settings,
+    held_out: list[bytes] | ProgramBatch,
+    folder: Path,
+    name: str,
+) -> dict[str, Any]:
+    """Writes the files (of text one, `name`) into a folder, checked. Returns the figures."""
+    from gfrnn.nn import EncoderDecoder
+    from gfrnn_onnx.runner import Step
+    from gfrnn_onnx.session import Session
+    from gfrnn_onnx.step import build_step
+    from gfrnn_onnx.verify import check_operators, exported_program_bpc, program_bpc, text_bpc
+
+    metadata = _metadata(settings, checkpoint, trained)
+    models: dict[str, ir.Model] = {}
+    worst: list[Differences] = []
+    for file, (net, kind, symbols) in _nets(model, name).items():
+        own = dataclasses.replace(metadata, kind=kind, symbols=symbols, settings=dataclasses.asdict(net.settings))
+        say(f"{file}: {settings.precision}, {MEANING[settings.precision]}")
+        models[file] = build_step(net, precision=settings.precision, unroll=settings.unroll, gates=settings.gates)
+        _save(models[file], own, folder / file)
+        check_operators(folder / file, settings.precision)
+        worst.append(_check(settings, Step(folder / file, "cpu"), net))
+
+    say("comparing bits a character")
+    if isinstance(model, EncoderDecoder):
+        assert not isinstance(held_out, list)
+        characters = int(held_out.target_lengths_B.sum())
+        trained_bpc = program_bpc(model, held_out)
+        encoder, decoder = (Step(folder / name, "cpu") for name in (ENCODER, DECODER))
+        exported_bpc = exported_program_bpc(encoder, decoder, held_out)
+    else:
+        assert isinstance(held_out, list)
+        characters = sum(map(len, held_out))
+        trained_bpc = text_bpc(model, held_out)
+        session = Session(folder / name, "cpu")
+        exported_bpc = sum(bits_N.sum() for bits_N in session.score(held_out)) / characters
+    cost = exported_bpc - trained_bpc
+    most = _MOST_COST[settings.precision] if settings.max_cost is None else settings.max_cost
+    if not cost <= most or (settings.precision == "fp32" and not abs(cost) <= most):
+        raise UserError(
+            f"{settings.precision} changes {trained_bpc:.4f} bits a character by {cost:+.4f}, more than {most:g}: not "
+            "written; take another --precision, or allow it with --max-cost"
+        )
+    bpc = {**metadata.bpc, "trained": trained_bpc, "exported": exported_bpc}
+    for file, each in models.items():
+        own = dataclasses.replace(Metadata.from_properties(each.metadata_props), bpc=bpc)
+        _save(each, own, folder / file)
+    return {
+        "precision": settings.precision,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(each.stat().st_size for each in folder.iterdir()),
+        "difference_one_step": max(each.one_step for each in worst),
+        "difference_carried": max(each.carried for each in worst),
+        "characters": characters,
+        "trained_bpc": trained_bpc,
+        "exported_bpc": exported_bpc,
+        "cost_bpc": cost,
+    }
+
+
+def _check(settings: ExportSettings, step: Step, net: SymbolRNN) -> Differences:
+    """Raises UserError if a step in fp32 computes anything else than its net."""
+    from gfrnn_onnx.verify import differences, rounding
+
+    found = differences(step, net)
+    if settings.precision != "fp32" or max(found) <= settings.tolerance:
+        return found
+    # a trained net may amplify the last bit of a state, and then any two ways to compute it part
+    own = rounding(step, net) if found.one_step <= settings.tolerance else 0.0
+    if own > settings.tolerance:
+        say(f"note: this net amplifies rounding: after 200 steps it is {own:.0e} away from itself in fp64")
+        return found
+    raise UserError(
+        f"{step.path.name} differs from the trained model by {found.one_step:.1e} in a step and {found.carried:.1e} "
+        f"over 200, more than --tolerance {settings.tolerance:g}: not written"
+    )
+
+
+def _nets(model: Model, name: str) -> dict[str, tuple[SymbolRNN, Kind, str]]:
+    """By the name of their file (of text: `name`) the nets of a model, what they are, what their symbols stand for."""
+    from gfrnn.nn import EncoderDecoder
+
+    if isinstance(model, EncoderDecoder):
+        return {
+            ENCODER: (model.encoder, "encoder", PROGRAM_SYMBOLS),
+            DECODER: (model.decoder, "decoder", TARGET_SYMBOLS),
+        }
+    return {name: (model, "text", "bytes")}
+
+
+def _metadata(settings: ExportSettings, checkpoint: Path, trained: Settings) -> Metadata:
+    """What is known before the check, of the run as a whole."""
+    from gfrnn.runs import RunFolder, versions
+
+    folder = RunFolder(checkpoint.parent.parent)
+    summary = folder.read_summary() or {}
+    bpc = {name: summary[f"{name}_bpc"] for name in ("valid", "test") if summary.get(f"{name}_bpc") is not None}
+    found = versions() | {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir")}
+    return Metadata(
+        kind="text",
+        symbols="bytes",
+        settings=dataclasses.asdict(trained.model),
+        precision=settings.precision,
+        unroll=settings.unroll,
+        run_id=folder.mlflow_run_id() or folder.path.resolve().name,
+        checkpoint=checkpoint.resolve().name,
+        bpc=bpc,
+        versions=found,
+    )
+
+
+def _held_out(settings: ExportSettings, trained: Settings, corpus_md5: str | None) -> list[bytes] | ProgramBatch:
+    """What the export is checked on: pieces of text, or validation programs. Raises UserError if it is not there."""
+    if trained.task == "programs":
+        import numpy as np
+        import torch
+
+        from gfrnn.data.program_batches import pad
+        from gfrnn.data.programs import ProgramTable, Recipe
+
+        made = trained.programs
+        recipe = Recipe(made.length, made.nesting, seed=made.program_seed, split="valid")
+        table = ProgramTable.of(recipe.programs(0, _PROGRAMS * settings.unroll))
+        fitting = np.flatnonzero(table.source_lengths % settings.unroll == 0)[:_PROGRAMS]
+        return pad(table, fitting, torch.device("cpu"))
+    from gfrnn.data import load_text, read_bytes
+
+    if settings.text_file is not None:
+        text = read_bytes(settings.text_file)
+    else:
+        corpus = load_text(trained.data)
+        if corpus_md5 not in (None, corpus.md5):
+            raise UserError(f"{corpus.name} is not the text that the run was trained on: give one with --text-file")
+        text = corpus.valid
+    size = min(len(text), settings.check_bytes) // _PIECES
+    if size == 0:
+        raise UserError(f"the text to check on has {len(text)} bytes; give at least {_PIECES} with --text-file")
+    return [bytes(text[k * size : (k + 1) * size]) for k in range(_PIECES)]
+
+
+def _save(model: ir.Model, metadata: Metadata, path: Path) -> None:
+    """Weights inside the file, or (more than a protobuf holds) beside it in PATH.data."""
+    import onnx_ir as ir
+
+    model.metadata_props.update(metadata.to_properties())
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGEST_FILE else None)
+
+
+def _print(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("precision", "file", "one step", "200 steps", "characters", "trained BPC", "exported BPC", "cost"):
+        table.add_column(column, justify="left" if column == "precision" else "right")
+    table.add_row(
+        results["precision"],
+        f"{results['bytes'] / 1e6:,.1f} MB",
+        f"{results['difference_one_step']:.1e}",
+        f"{results['difference_carried']:.1e}",
+        f"{results['characters']:,}",
+        f"{results['trained_bpc']:.4f}",
+        f"{results['exported_bpc']:.4f}",
+        f"{results['cost_bpc']:+.5f}",
+    )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(results["output"], markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
