@@ -62,3 +62,12 @@ def test_float64_is_exact_enough_for_gradient_checks() -> None:
     left, right = random(30, 40, dtype=torch.float64), random(40, 5, dtype=torch.float64)
     assert torch.allclose(product(left, right, torch.float64), left @ right, rtol=0, atol=1e-13)
     assert torch.allclose(product_transposed(left, packed(right.T), torch.float64), left @ right, rtol=0, atol=1e-13)
+
+
+def test_compiled_it_is_the_same() -> None:
+    """torch.compile takes the private operator's second operand for a constant, and fails on any other."""
+    left, right = random(1024, 1100), random(1100, 8)
+    assert products._by_onednn(left)
+    assert not products._small(left, right)
+    compiled = torch.compile(lambda left, right: product(left, right, torch.float32).tanh_(), fullgraph=True)
+    torch.testing.assert_close(compiled(left, right), (left @ right).tanh(), atol=1e-5, rtol=1e-5)

@@ -25,6 +25,8 @@ _MKLDNN = _private_operators()
 
 
 def _by_onednn(a: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler takes that operator's weight for a constant
+        return False
     return _MKLDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu"
 
 
