@@ -4,8 +4,8 @@ fp32   MatMul.
 fp16   operands in half precision, the result in fp32. Half the file. A speed for CUDA; a CPU computes it in fp32.
 bf16   weights kept in bfloat16 and widened when the model is loaded. Half the file, fp32's range, and fp32's speed:
        CPUs have no such product in ONNX Runtime.
-int8   weights 8 bits with one scale a column, activations 8 bits with one scale a row, so that a row's result does not
-       depend on the rows beside it, as it does with DynamicQuantizeLinear's one scale for all.
+int8   weights 8 bits with one scale a column; activations 8 bits, with the scale 1/127 where they are states, else one
+       a row: so a row's result does not depend on the rows beside it, as it does by DynamicQuantizeLinear.
 int4   weights 4 bits with one scale for each block of a column (MatMulNBits); activations in 8 bits inside it.
 
 Tables that symbols are looked up in keep 16 bits where products have that or less.
@@ -37,16 +37,21 @@ _NARROW = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Products:
-    """`products(x, name, weight)`: x [B, K] times weight() [K, N] -> [B, N]. A weight is made once by its name."""
+    """`products(x, name, weight)`: x [B, K] times weight() [K, N] -> [B, N]. A weight is made once by its name.
+
+    bounded: whether x is in [-1, 1] and makes use of that, as states do.
+    """
 
     def __init__(self, graph: Graph, precision: Precision):
         self.graph, self.precision = graph, precision
         self.domains = {MICROSOFT: 1} if precision in ("int8", "int4") else {}
         self._weights: dict[str, tuple[ir.Value, ...]] = {}
         self._sizes: dict[str, tuple[int, ...]] = {}
-        self._rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
 
-    def __call__(self, x: ir.Value, name: str, weight: Callable[[], Array]) -> ir.Value:
+    def __call__(self, x: ir.Value, name: str, weight: Callable[[], Array], *, bounded: bool) -> ir.Value:
+        if self.precision == "int8":
+            return self._int8(x, name, weight, bounded)
         made: ir.Value = getattr(self, f"_{self.precision}")(x, name, weight)
         return made
 
@@ -81,7 +86,7 @@ class Products:
 
         return self.graph("MatMul", x, *self._kept(name, make))
 
-    def _int8(self, x: ir.Value, name: str, weight: Callable[[], Array]) -> ir.Value:
+    def _int8(self, x: ir.Value, name: str, weight: Callable[[], Array], bounded: bool) -> ir.Value:
         graph = self.graph
 
         def make() -> tuple[ir.Value, ...]:
@@ -89,22 +94,27 @@ class Products:
             return graph.weight(name, quantized), graph.weight(f"{name}_scale", scale)
 
         weight_KN, scale_N = self._kept(name, make)
-        if x not in self._rows:
-            self._rows[x] = self._quantized(x)
-        quantized, scale_B1 = self._rows[x]
-        one, zero = graph.constant(1.0, dtype=np.float32, scalar=True), self._zero()
-        product = graph("MatMulIntegerToFloat", quantized, weight_KN, one, scale_N, zero, domain=MICROSOFT)
-        return graph("Mul", product, scale_B1)
+        if x not in self._quantized:
+            self._quantized[x] = self._by_number(x) if bounded else self._by_row(x)
+        quantized, scale, scale_B1 = self._quantized[x]
+        product = graph("MatMulIntegerToFloat", quantized, weight_KN, scale, scale_N, self._zero(), domain=MICROSOFT)
+        return product if scale_B1 is None else graph("Mul", product, scale_B1)
 
-    def _quantized(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """x [B, K] in unsigned 8 bits, and each row's scale [B, 1]."""
+    def _by_number(self, x: ir.Value) -> tuple[ir.Value, ir.Value, None]:
+        """x in unsigned 8 bits, and the scale of all of it."""
+        scale = self._number(1 / 127)
+        return self.graph("QuantizeLinear", x, scale, self._zero()), scale, None
+
+    def _by_row(self, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """x in unsigned 8 bits, a scale of 1, and each row's [B, 1]."""
         graph = self.graph
         largest = graph("ReduceMax", graph("Abs", x), graph.constant(-1), keepdims=1)
-        # a row of zeros has a scale too
-        largest = graph("Max", largest, graph.constant(1e-30, dtype=np.float32, scalar=True))
-        scale = graph("Mul", largest, graph.constant(1 / 127, dtype=np.float32, scalar=True))
-        one = graph.constant(1.0, dtype=np.float32, scalar=True)
-        return graph("QuantizeLinear", graph("Div", x, scale), one, self._zero()), scale
+        scale = graph("Mul", graph("Max", largest, self._number(1e-30)), self._number(1 / 127))  # also of zeros
+        one = self._number(1.0)
+        return graph("QuantizeLinear", graph("Div", x, scale), one, self._zero()), one, scale
+
+    def _number(self, value: float) -> ir.Value:
+        return self.graph.constant(value, dtype=np.float32, scalar=True)
 
     def _zero(self) -> ir.Value:
         return self.graph.constant(_ZERO, dtype=np.uint8, scalar=True)

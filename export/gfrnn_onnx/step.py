@@ -116,7 +116,7 @@ def build_step(model: SymbolRNN, *, precision: Precision = "fp32", unroll: int =
         V = model.softmax.out_features
         if unroll > 1:  # one product for all steps
             y = graph.reshape(graph.join(outputs), -1, rnn.output_size)
-        logits = products(y, "softmax", lambda: _array(model.softmax.weight).T)
+        logits = products(y, "softmax", lambda: _array(model.softmax.weight).T, bounded=not model.settings.residual)
         logits = graph("Add", logits, graph.weight("softmax_bias", _array(model.softmax.bias)))
         if unroll > 1:
             logits = graph.reshape(logits, -1, unroll, V)
@@ -225,7 +225,7 @@ class _GatedFeedback:
         for j, w in enumerate(self.weights):
             below = None
             if j > 0:
-                below = products(passed[-1], f"below_l{j}", partial(self._below, w))
+                below = products(passed[-1], f"below_l{j}", partial(self._below, w), bounded=not plan.residual)
                 if j not in self.tables:
                     below = graph("Add", below, products.shared(f"bias_l{j}", self._ordered(self._bias(j))))
             x = self._split(graph.total(read[j] if j in self.tables else None, below), list(self.sizes))
@@ -235,7 +235,8 @@ class _GatedFeedback:
                 gated_BLH = graph("Mul", h_BLH, graph("Unsqueeze", g_BL, graph.constant(2)))
                 gated_BS = graph.reshape(gated_BLH, -1, L * size)
                 weight = partial(self._recurrent, [w], ["candidate"])
-                recurrent[j]["candidate"] = products(gated_BS, f"candidate_l{j}", weight)
+                # gates make states small: at their scale of 1/127 that costs ten times the bits
+                recurrent[j]["candidate"] = products(gated_BS, f"candidate_l{j}", weight, bounded=False)
             h, c = self._unit(j, x, recurrent[j], h_own[j] if h_own else None, c_own[j] if c_own else None)
             h_next.append(h)
             if c is not None:
@@ -250,12 +251,14 @@ class _GatedFeedback:
         L = self.plan.num_layers
         found: list[Parts] = [{} for _ in range(L)]
         if self.reads_all:
-            product = self.products(h_BS, "recurrent", partial(self._recurrent, self.weights, self.reads_all))
+            weight = partial(self._recurrent, self.weights, self.reads_all)
+            product = self.products(h_BS, "recurrent", weight, bounded=True)
             parts = iter(self.graph.split(product, [self.sizes[name] for _ in range(L) for name in self.reads_all]))
             found = [{name: next(parts) for name in self.reads_all} for _ in range(L)]
         if self.reads_own:
             for j, (w, h) in enumerate(zip(self.weights, h_own, strict=True)):
-                product = self.products(h, f"recurrent_l{j}", partial(self._recurrent, [w], self.reads_own))
+                weight = partial(self._recurrent, [w], self.reads_own)
+                product = self.products(h, f"recurrent_l{j}", weight, bounded=True)
                 found[j] |= self._split(product, self.reads_own)
         return found
 
@@ -323,8 +326,9 @@ class _Mrnn:
         x = products.look_up("input", self.table_V2H, token)
         to_h, to_m = graph.split(x, [H, H])
         h_BH = graph.reshape(h_B1H, -1, H)
-        m = graph("Mul", to_m, products(h_BH, "factors", lambda: _array(self.rnn.weight_mh).T))
-        h = graph("Tanh", graph("Add", to_h, products(m, "recurrent", lambda: _array(self.rnn.weight_hm).T)))
+        m = graph("Mul", to_m, products(h_BH, "factors", lambda: _array(self.rnn.weight_mh).T, bounded=True))
+        recurrent = products(m, "recurrent", lambda: _array(self.rnn.weight_hm).T, bounded=False)
+        h = graph("Tanh", graph("Add", to_h, recurrent))
         return h, graph.reshape(h, -1, 1, H), None
 
     def gates(self) -> ir.Value:
