@@ -5,8 +5,10 @@ Legend: B rows of a run, L layers, H units, V symbols, K symbols a run reads (1 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +55,8 @@ class Step:
             raise ModelError(f"{path} is not there: give a file that to_onnx.py has written")
         if provider not in (None, *_PROVIDERS):
             raise ModelError(f"provider {provider!r} is unknown: give 'cpu' or 'cuda'")
+        if provider == "cuda" and not _has_cuda_driver():
+            raise ModelError("CUDA cannot be used here: there is no driver; take the provider 'cpu'")
         self.threads, self.graphs = threads, False
         wanted: Provider = provider or ("cuda" if _has_cuda_driver() else "cpu")
         self.session = self._load(wanted, cuda_graphs)
@@ -88,7 +92,8 @@ class Step:
         options.log_severity_level = 3
         providers: list[Any] = [_PROVIDERS["cpu"]]
         if provider == "cuda":
-            ort.preload_dlls()
+            with contextlib.redirect_stdout(sys.stderr):  # it says there what it does not find
+                ort.preload_dlls()
             providers.insert(0, (_PROVIDERS["cuda"], {"enable_cuda_graph": "1"} if graphs else {}))
         try:
             session = ort.InferenceSession(str(self.path), options, providers=providers)

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-
 from exported import SMALL, encoder_decoder, language_model, save_programs, save_step
+
 from gfrnn.config import PROGRAM_SYMBOLS, ModelSettings
 from gfrnn.data import generate_programs
 from gfrnn.nn import LanguageModel
@@ -58,7 +58,8 @@ session = Session({str(path)!r})
 session.score(b"abc"); session.generate(b"abc", 3, top_p=0.5)
 session.step([1, 2])[1].save({str(tmp_path / "state.npz")!r}); State.load({str(tmp_path / "state.npz")!r})
 Session({str(programs)!r}).predict("print(1)")
-print(sorted({{name.split(".")[0] for name in sys.modules}} & {{"torch", "gfrnn", "onnx", "onnx_ir", "tyro", "fastapi"}}))
+loaded = {{name.split(".")[0] for name in sys.modules}}
+print(sorted(loaded & {{"torch", "gfrnn", "onnx", "onnx_ir", "tyro", "fastapi"}}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
@@ -118,7 +119,7 @@ def test_what_does_not_fit_is_refused(session: Session, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="it has no h"):
         State.load(tmp_path / "y.npz")
     for options in ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}, {"stop": b""}):
-        with pytest.raises(ValueError, match="must|be empty"):
+        with pytest.raises(ValueError, match=r"must|be empty"):
             session.generate(b"", 1, **options)
     with pytest.raises(ValueError, match="length is -1"):
         session.generate(b"", -1)
@@ -209,7 +210,9 @@ def test_predicts_what_the_torch_model_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", ["lstm", "gru"])
 def test_rows_join_move_and_leave(unit: str, tmp_path: Path) -> None:
-    step = Step(save_step(language_model(dataclasses.replace(SMALL, unit=unit)), tmp_path / "s.onnx", gates=True), "cpu")
+    step = Step(
+        save_step(language_model(dataclasses.replace(SMALL, unit=unit)), tmp_path / "s.onnx", gates=True), "cpu"
+    )
     rows = Rows(step, 6)
     assert rows.sizes == [1, 2, 4, 6]
 
@@ -219,7 +222,7 @@ def test_rows_join_move_and_leave(unit: str, tmp_path: Path) -> None:
             logits, state = step(np.array([symbol]), state)
         return logits[0]
 
-    for k, text in enumerate((b"abc", b"xyz", b"mno")):
+    for k in range(3):
         rows.put(k, None)
     for symbols in zip(b"abc", b"xyz", b"mno", strict=True):
         rows.symbols[:3] = symbols
@@ -258,7 +261,7 @@ def test_missing_damaged_and_foreign_files(path: Path, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_bytes(b"hello " * 99)
     (tmp_path / "empty.onnx").write_bytes(b"")
     for name in ("torn", "text", "empty"):
-        with pytest.raises(ModelError, match="cannot be loaded|was not exported") as caught:
+        with pytest.raises(ModelError, match=r"cannot be loaded|was not exported") as caught:
             Session(tmp_path / f"{name}.onnx")
         assert "\n" not in str(caught.value)
     foreign = onnx.load(path)

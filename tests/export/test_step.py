@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-
 from exported import SMALL, encoder_decoder, language_model, save_step
+
 from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, ModelSettings
 from gfrnn_onnx.precision import OPERATORS, PRECISIONS, Precision
 from gfrnn_onnx.runner import Step

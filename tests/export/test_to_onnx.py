@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-
 from exported import SMALL, encoder_decoder, language_model
+
 from gfrnn.config import PROGRAM_SYMBOLS, Settings, UserError, preset
 from gfrnn.nn import EncoderDecoder, LanguageModel
 from gfrnn.runs import Checkpoint, RunFolder
@@ -170,6 +170,7 @@ def test_verification_sees_an_error_in_any_weight(run: Path, text_file: Path, tm
     """One element of each initializer that matters, changed by a thousandth of its tensor's size."""
     model = language_model(spread=1.0)
     from exported import save_step
+
     from gfrnn_onnx.runner import Step
 
     path = save_step(model, tmp_path / "step.onnx")

@@ -1,0 +1,343 @@
+"""From a request to jobs, and from what comes of them to answers, whole or in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+from gfrnn_onnx.sampling import Sampling
+from gfrnn_onnx.server.engine import Busy, Engine, Job, Snapshot, Token, choice_seed, finished
+from gfrnn_onnx.server.limits import Limits
+from gfrnn_onnx.server.protocol import (
+    START_TEXT,
+    ApiError,
+    Choice,
+    Completion,
+    CompletionRequest,
+    Logprobs,
+    Usage,
+    encode,
+    texts,
+)
+from gfrnn_onnx.server.text import Characters, decode, held_back, name, offsets
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_MOST_STOPS = 16
+
+
+class States:
+    """Snapshots that clients may go on from, by name; the longest unused are thrown out."""
+
+    def __init__(self, most: int, seconds: float):
+        self.most, self.seconds = most, seconds
+        self._kept: OrderedDict[str, tuple[float, Snapshot]] = OrderedDict()
+
+    def __len__(self) -> int:
+        self._expire()
+        return len(self._kept)
+
+    def keep(self, snapshot: Snapshot) -> str:
+        """Its name from now on."""
+        self._expire()
+        while len(self._kept) >= max(1, self.most):
+            self._kept.popitem(last=False)
+        key = f"state-{uuid.uuid4().hex}"
+        self._kept[key] = (time.monotonic(), snapshot)
+        return key
+
+    def get(self, key: str) -> Snapshot:
+        """Raises ApiError for a name that is unknown, or no longer kept."""
+        self._expire()
+        if key not in self._kept:
+            raise ApiError(404, f"no state {key!r}: it never was, or was not used for long", param="state")
+        snapshot = self._kept.pop(key)[1]
+        self._kept[key] = (time.monotonic(), snapshot)
+        return snapshot
+
+    def remove(self, key: str) -> None:
+        """Raises ApiError likewise."""
+        self.get(key)
+        del self._kept[key]
+
+    def _expire(self) -> None:
+        oldest = time.monotonic() - self.seconds
+        while self._kept and next(iter(self._kept.values()))[0] < oldest:
+            self._kept.popitem(last=False)
+
+
+class Run:
+    """A request at work. Raises ApiError for what cannot be asked."""
+
+    def __init__(self, request: CompletionRequest, engine: Engine, limits: Limits, states: States, model: str):
+        self.request, self.engine, self.states, self.model = request, engine, states, model
+        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        if request.model not in (None, model):
+            raise ApiError(
+                404,
+                f"The model {request.model!r} does not exist; this is {model!r}",
+                param="model",
+                code="model_not_found",
+            )
+        _refuse_unsupported(request)
+        if request.gates and not engine.step.has_gates:
+            raise ApiError(400, "this model has no output for its gates: export it with --gates", param="gates")
+        prompts = texts("" if request.prompt is None else request.prompt, "prompt")
+        n = request.n or 1
+        max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        if len(prompts) * n > limits.max_sequences:
+            raise ApiError(
+                400, f"{len(prompts)} prompts with n={n} are more than {limits.max_sequences} sequences", param="n"
+            )
+        longest = max(len(prompt.symbols) for prompt in prompts)
+        if longest > limits.max_prompt_bytes:
+            raise ApiError(
+                400,
+                f"a prompt of {longest} bytes is longer than {limits.max_prompt_bytes}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if max_tokens > limits.max_tokens:
+            raise ApiError(400, f"max_tokens is {max_tokens}; at most {limits.max_tokens}", param="max_tokens")
+        self.stops = _stops(request)
+        sampling = Sampling(
+            1.0 if request.temperature is None else float(request.temperature),
+            request.top_k or 0,
+            1.0 if request.top_p is None else float(request.top_p),
+        )
+        # seeds are any number for OpenAI, numpy's are not negative
+        seed = None if request.seed is None else request.seed % 2**64
+        start = None if request.state is None else states.get(request.state)
+        self.changed = asyncio.Event()
+        self.jobs = [
+            Job(
+                prompt.symbols,
+                max_tokens,
+                sampling,
+                choice_seed(seed, k),
+                self.stops,
+                top=request.logprobs if request.logprobs is not None or not request.gates else 0,
+                prompt_tokens=bool(request.echo) and (request.logprobs is not None or bool(request.gates)),
+                gates=bool(request.gates),
+                start=start,
+                keep_state=bool(request.return_state),
+                streamed=bool(request.stream),
+                deadline=time.monotonic() + limits.request_seconds,
+                changed=self.changed,
+            )
+            for prompt in prompts
+            for k in range(n)
+        ]
+        self.marked = [prompt.marked for prompt in prompts for _ in range(n)]
+        try:
+            engine.submit(self.jobs)
+        except Busy:
+            raise ApiError(
+                429,
+                f"more than {limits.max_waiting} sequences wait already; try again",
+                code="too_many_requests",
+                retry=1,
+            ) from None
+
+    def cancel(self) -> None:
+        """Ends what is not done."""
+        self.engine.cancel(self.jobs)
+
+    async def whole(self) -> Completion:
+        """The answer, when it is there. Raises ApiError if the work was given up."""
+        await finished(self.jobs)
+        self._check()
+        choices = []
+        for index, job in enumerate(self.jobs):
+            text = decode((job.prompt if self.request.echo else b"") + bytes(job.text))
+            logprobs = self._logprobs(index, 0, _visible(job), b"")
+            choice = Choice(index=index, text=text, logprobs=logprobs, finish_reason=_reason(job))
+            if self.request.gates:
+                choice.gates = _gates(job.tokens[: _visible(job)])
+            if job.state is not None:
+                choice.state = self.states.keep(job.state)
+            choices.append(choice)
+        return Completion(
+            id=self.id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=self._usage(),
+        )
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer as server-sent events, of whole characters each."""
+        shown = [_Shown(self, index, job) for index, job in enumerate(self.jobs)]
+        while shown:
+            await self.changed.wait()
+            self.changed.clear()
+            events = []
+            for each in list(shown):
+                done = each.job.finish_reason is not None  # looked at once: it may end meanwhile
+                if done:
+                    shown.remove(each)
+                choice = each.next(done)
+                if choice is not None:
+                    events.append(self._event([choice]))
+            if events:
+                yield "".join(events)
+        try:
+            self._check()
+        except ApiError as error:
+            yield f"data: {json.dumps(error.body())}\n\n"
+            return
+        options = self.request.stream_options
+        if options is not None and options.include_usage:
+            yield self._event([], self._usage())
+        yield "data: [DONE]\n\n"
+
+    def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> str:
+        values: dict[str, Any] = {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+        if usage is not None:
+            values["usage"] = usage.model_dump()
+        return f"data: {json.dumps(values)}\n\n"
+
+    def _check(self) -> None:
+        reasons = {job.finish_reason for job in self.jobs}
+        if "failed" in reasons:
+            raise ApiError(500, "the server's stepping thread failed; its log says why")
+        if "timeout" in reasons:
+            raise ApiError(408, "the request took longer than this server allows", code="timeout")
+
+    def _usage(self) -> Usage:
+        n = self.request.n or 1
+        prompts = sum(len(job.prompt) for job in self.jobs[::n])
+        written = sum(len(job.text) for job in self.jobs)
+        cached = sum(max(0, job.cached - 1) for job in self.jobs)
+        self.engine.metrics.cached_symbols.inc(cached)
+        return Usage(
+            prompt_tokens=prompts,
+            completion_tokens=written,
+            total_tokens=prompts + written,
+            prompt_tokens_details={"cached_tokens": cached},
+        )
+
+    def _logprobs(self, index: int, begin: int, end: int, before: bytes) -> Logprobs | None:
+        """Of tokens begin to end of a job; `before`: bytes of the text shown so far."""
+        if self.request.logprobs is None:
+            return None
+        job, marked = self.jobs[index], self.marked[index]
+        tokens = job.tokens[begin:end]
+        names = [name(token.symbol) for token in tokens]
+        said: list[float | None] = [token.log_probability for token in tokens]
+        top: list[dict[str, float] | None] = [_named(token) for token in tokens]
+        places = offsets([*before, *(token.symbol for token in tokens)])[len(before) :]
+        if begin == 0 and self.request.echo and job.start is None:  # nothing stands before an echoed text
+            if marked:
+                names, said, top, places = [START_TEXT, *names], [None, *said], [None, *top], [0, *places]
+            elif job.prompt:
+                said[0] = top[0] = None
+        return Logprobs(
+            tokens=names,
+            token_logprobs=said,
+            top_logprobs=top if self.request.logprobs else None,
+            text_offset=places,
+        )
+
+
+class _Shown:
+    """What has been sent of a job."""
+
+    def __init__(self, run: Run, index: int, job: Job):
+        self.run, self.index, self.job = run, index, job
+        self.characters, self.bytes, self.tokens = Characters(), 0, 0
+        self.shown = b""  # all bytes whose characters have been sent
+
+    def next(self, done: bool) -> dict[str, Any] | None:
+        """A choice with what is new; None if no character is whole yet."""
+        run, job, request = self.run, self.job, self.run.request
+        text = (job.prompt if request.echo else b"") + bytes(job.text)
+        ready = len(text) if done else len(text) - held_back(job.text, run.stops)
+        part = text[self.bytes : ready]
+        new = self.characters.add(part, final=done)
+        if not new and not done:
+            self.bytes = ready
+            return None
+        self.bytes = ready
+        choice: dict[str, Any] = {
+            "index": self.index,
+            "text": new,
+            "logprobs": None,
+            "finish_reason": _reason(job) if done else None,
+        }
+        if job.top is not None:
+            # tokens of the characters shown: a byte of one that is not whole waits with it
+            whole = ready if done else ready - self._unfinished(text[:ready])
+            skipped = 0 if job.prompt_tokens or not request.echo else len(job.prompt)
+            end = max(self.tokens, min(len(job.tokens), whole - skipped))
+            logprobs = run._logprobs(self.index, self.tokens, end, self.shown) if end > self.tokens or done else None
+            if logprobs is not None:
+                choice["logprobs"] = logprobs.model_dump()
+            if request.gates:
+                choice["gates"] = _gates(job.tokens[self.tokens : end])
+            self.shown = text[: skipped + end]
+            self.tokens = end
+        if done and job.state is not None:
+            choice["state"] = run.states.keep(job.state)
+        return choice
+
+    def _unfinished(self, text: bytes) -> int:
+        """Bytes at the end that are part of a character which is not whole."""
+        for count in range(1, min(4, len(text)) + 1):
+            if text[-count] & 0xC0 != 0x80:  # a character begins here
+                try:
+                    text[-count:].decode()
+                except UnicodeDecodeError as error:
+                    return count if error.reason == "unexpected end of data" else 0
+                return 0
+        return 0
+
+
+def _visible(job: Job) -> int:
+    """Tokens of a finished job that belong to its text: not those of a stop."""
+    return min(len(job.tokens), (len(job.prompt) if job.prompt_tokens else 0) + len(job.text))
+
+
+def _reason(job: Job) -> Literal["stop", "length"] | None:
+    if job.finish_reason == "stop":
+        return "stop"
+    return "length" if job.finish_reason == "length" else None
+
+
+def _named(token: Token) -> dict[str, float]:
+    """The most likely bytes by name, with the one that came among them."""
+    found = {name(symbol): value for symbol, value in token.top}
+    found.setdefault(name(token.symbol), token.log_probability)
+    return found
+
+
+def _gates(tokens: list[Token]) -> list[list[list[float]] | None]:
+    return [None if token.gates is None else token.gates.round(3).astype(float).round(3).tolist() for token in tokens]
+
+
+def _stops(request: CompletionRequest) -> list[bytes]:
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if len(stops) > _MOST_STOPS:
+        raise ApiError(400, f"stop has {len(stops)} texts; at most {_MOST_STOPS}", param="stop")
+    return [encode(stop, "stop") for stop in stops]
+
+
+def _refuse_unsupported(request: CompletionRequest) -> None:
+    for param in ("presence_penalty", "frequency_penalty", "logit_bias", "suffix"):
+        if getattr(request, param):
+            raise ApiError(400, f"{param} is not supported; leave it out", param=param)
+    if request.best_of not in (None, request.n or 1):
+        raise ApiError(400, f"best_of is {request.best_of}; only n ({request.n or 1}) is supported", param="best_of")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options is only for stream: true", param="stream_options")

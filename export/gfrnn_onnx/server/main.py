@@ -1,0 +1,160 @@
+"""Serve an exported model over HTTP: gfrnn-serve, python export/serve.py MODEL."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from gfrnn.cli import parse, run, say
+from gfrnn.config import UserError
+from gfrnn_onnx.server.limits import Limits
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from gfrnn_onnx.server.app import Service
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Serve an exported model of text: OpenAI's completions interface, scores, and a page to try it."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A step.onnx that to_onnx.py has written."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Another than the loopback opens it to the network: then give a key too."""
+    port: int = 8000
+    """0 takes a free one."""
+    name: str | None = None
+    """Of the model, for clients. Default: the file's, without .onnx."""
+    api_key: str | None = None
+    """Answer only requests with this key. Default: the environment's GFRNN_API_KEY, if it is set."""
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where it works, else the CPU."""
+    threads: int = 0
+    """Of a CPU's products; 0: one a core."""
+    limits: Limits = field(default_factory=Limits)
+
+
+def main() -> None:
+    """gfrnn-serve."""
+    run(_main)
+
+
+def _main() -> None:
+    settings = parse(ServeSettings, sys.argv[1:])
+    _validate(settings)
+    import uvicorn
+
+    from gfrnn_onnx.names import ModelError
+    from gfrnn_onnx.runner import Step
+    from gfrnn_onnx.server.app import Service, make_app
+
+    listener = _listen(settings.host, settings.port)
+    provider = None if settings.provider == "auto" else settings.provider
+    try:
+        step = Step(settings.model, provider, threads=settings.threads or None)
+        if step.metadata.kind != "text":
+            raise ModelError(f"{settings.model} is half of a model of programs: only models of text are served")
+        service = Service(step, settings.name or settings.model.stem, settings.limits)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+    key = settings.api_key or os.environ.get("GFRNN_API_KEY") or None
+    app = make_app(service, key)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="on", backlog=2048, server_header=False
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    server = _server(config, service)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    layers, hidden = step.shape
+    say(
+        f"serving {service.name} ({layers} x {hidden}, {step.metadata.precision}) on {step.provider} at "
+        f"http://{shown}:{port} , {settings.limits.rows} rows{', with a key' if key else ''}"
+    )
+    server.run(sockets=[listener])
+    say("stopped")
+
+
+def _server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
+    """Ends on SIGTERM and Ctrl-C once what runs is finished, at a second one at once; and then returns."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            # uvicorn's own raises the signal again at the end: a clean stop would look like a kill
+            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                os._exit(128 + sig)
+            service.stopping = True
+            self.should_exit = True
+            say("stopping: what runs is finished first; a second signal ends at once")
+
+    return Server(config)
+
+
+def _validate(settings: ServeSettings) -> None:
+    """Refuses what cannot work before anything is loaded; raises UserError."""
+    if not 0 <= settings.port < 65536:
+        raise UserError(f"--port is {settings.port}; it must be from 0 to 65535")
+    if settings.threads < 0:
+        raise UserError(f"--threads is {settings.threads}; it must not be negative")
+    limits = settings.limits
+    for name, least, most in (
+        ("rows", 1, 4096),
+        ("max_waiting", 0, 10**6),
+        ("max_prompt_bytes", 1, 1 << 30),
+        ("max_tokens", 1, 1 << 30),
+        ("max_sequences", 1, 10**6),
+        ("max_body_bytes", 1, 1 << 31),
+        ("body_seconds", 0.001, 86400),
+        ("request_seconds", 0.001, 864000),
+        ("cache_mb", 0, 1 << 20),
+        ("states", 1, 10**7),
+        ("state_seconds", 0.001, 10**9),
+    ):
+        value = getattr(limits, name)
+        if not least <= value <= most:  # nor nan
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be from {least} to {most}")
+    if not settings.model.exists():
+        raise UserError(f"{settings.model} is not there: give a file that to_onnx.py has written")
+    if settings.model.is_dir():
+        raise UserError(f"{settings.model} is a folder: only models of text are served, which are one file")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket there; raises UserError if that cannot be."""
+    with suppress(ImportError, ValueError, OSError):  # a thousand clients are a thousand files
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(found[0], socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(found[4])
+        listener.listen(2048)
+    except OSError as error:
+        raise UserError(f"cannot listen at {host}:{port} ({error.strerror}); give another --host or --port") from error
+    return listener

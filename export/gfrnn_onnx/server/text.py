@@ -1,0 +1,49 @@
+"""Bytes as text: whole characters only, and tokens' names.
+
+A token is a byte. In text, bytes that are no UTF-8 show as U+FFFD, as everywhere on the web.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+
+def name(symbol: int) -> str:
+    """A byte's name among tokens: its character, or (of bytes that are part of one) bytes:\\xNN."""
+    return chr(symbol) if symbol < 128 else f"bytes:\\x{symbol:02x}"
+
+
+def decode(text: bytes) -> str:
+    """Bytes as characters."""
+    return text.decode("utf-8", errors="replace")
+
+
+class Characters:
+    """Text as it comes: `add` bytes, and get the characters that are whole."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, text: bytes, *, final: bool = False) -> str:
+        """Characters that are complete; final: what is left of one, too."""
+        return self._decoder.decode(text, final)
+
+
+def offsets(symbols: Iterable[int]) -> list[int]:
+    """Of each byte, the number of characters before the one that it is part of."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    found, count = [], 0
+    for symbol in symbols:
+        found.append(count)
+        count += len(decoder.decode(bytes([symbol])))
+    return found
+
+
+def held_back(text: bytes | bytearray, stops: Sequence[bytes]) -> int:
+    """How many of the last bytes may be the beginning of a stop, and must not be shown yet."""
+    longest = max((len(stop) - 1 for stop in stops), default=0)
+    for count in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(bytes(text[-count:])) for stop in stops):
+            return count
+    return 0
