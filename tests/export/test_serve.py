@@ -28,7 +28,7 @@ from serving import Server, serving
 from gfrnn_onnx import Session
 from gfrnn_onnx.server.prefixes import Prefixes, common_length
 from gfrnn_onnx.server.text import Characters, held_back, offsets
-from launch import ROOT, environment
+from launch import BIN, ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -716,3 +716,17 @@ def test_threads_do_not_share_a_mistake(server: Server) -> None:
     for thread in threads:
         thread.join()
     assert sorted(results) == [200] * 20 + [400] * 20
+
+
+def test_schemathesis_finds_no_fault(model: Path) -> None:
+    """What the schema allows and what it does not: never a 5xx, never an answer that the schema does not have."""
+    with serving(model, "--max-tokens", "50") as tried:
+        checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+        command = [str(BIN / "schemathesis"), "run", f"{tried.url}/openapi.json", "-c", checks, "--seed", "1"]
+        command += ["--max-examples", "40", "--no-color"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=model.parent)
+        assert done.returncode == 0, done.stdout
+        generated = re.search(r"(\d+) generated", done.stdout)
+        assert generated
+        assert int(generated[1]) > 300
+        tried.wait_until_idle()

@@ -49,6 +49,7 @@ T = TypeVar("T")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503)
 }
+_STREAM = {"content": {"text/event-stream": {}}}
 _GONE = 499  # nginx's number for a client that went away before its answer: no one reads it
 
 
@@ -135,7 +136,7 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
 
 
 def _add_completions(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_model=Completion)
+    @app.post("/v1/completions", response_model=Completion, responses={200: _STREAM})
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue one or more prompts; with `stream` as server-sent events."""
         service.check()

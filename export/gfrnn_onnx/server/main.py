@@ -151,7 +151,8 @@ def _listen(host: str, port: int) -> socket.socket:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(found[0], socket.SOCK_STREAM)
+        # by its name, or asyncio takes it for something else and leaves small packets to wait for each other (40 ms)
+        listener = socket.socket(found[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(found[4])
         listener.listen(2048)

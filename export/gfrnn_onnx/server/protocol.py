@@ -258,11 +258,8 @@ def texts(prompt: Prompt, param: str) -> list[Given]:
     if not prompt:
         raise ApiError(400, f"{param} is an empty list; give at least one text", param=param)
     if isinstance(prompt[0], int):
-        return [_of_ids(prompt, param)]  # type: ignore[arg-type]
-    return [
-        Given(encode(each, param), False) if isinstance(each, str) else _of_ids(each, param)  # type: ignore[arg-type]
-        for each in prompt
-    ]
+        return [_of_ids(prompt, param)]
+    return [Given(encode(each, param), False) if isinstance(each, str) else _of_ids(each, param) for each in prompt]
 
 
 def _of_ids(ids: list[int], param: str) -> Given:
