@@ -97,6 +97,10 @@ def _validate(settings: ExportSettings, trained: Settings) -> Path:
     if settings.gates and (trained.model.feedback != "gated" or trained.model.unit == "mrnn"):
         raise UserError("--gates: this model has no gated feedback, so no global gates; leave --gates out")
     programs = trained.task == "programs"
+    if programs and settings.triton is not None:
+        raise UserError(
+            "--triton: a decoder of programs starts from its encoder's state, which Triton cannot hand over"
+        )
     if programs and settings.text_file is not None:
         say("note: --text-file has no effect on a model of programs")
     output = (settings.output or Path("step" if programs else "step.onnx")).resolve()
@@ -128,11 +132,11 @@ def export(
     if settings.triton is not None:
         from gfrnn_onnx.triton import write_triton
 
-        write_triton(output, settings.triton)
+        results["triton"] = str(write_triton(output, settings.triton))
     if settings.register is not None:
         from gfrnn_onnx.mlflow_model import register
 
-        register(output, settings.register, checkpoint.parent.parent)
+        results["registered"] = register(output, settings.register, checkpoint.resolve().parent.parent)
     return {"output": str(output), **results}
 
 
@@ -309,3 +313,6 @@ def _print(results: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(results["output"], markup=False, highlight=False, soft_wrap=True)
     console.print(table)
+    for name in ("triton", "registered"):
+        if name in results:
+            console.print(f"{name}: {results[name]}", markup=False, highlight=False, soft_wrap=True)

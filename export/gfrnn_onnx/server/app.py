@@ -49,7 +49,7 @@ T = TypeVar("T")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503)
 }
-_STREAM = {"content": {"text/event-stream": {}}}
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 _GONE = 499  # nginx's number for a client that went away before its answer: no one reads it
 
 
