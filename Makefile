@@ -26,8 +26,10 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)
 	DS_ACCELERATOR=$(if $(filter-out 0,$(GPUS)),cuda,cpu) $(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) src/train.py --deepspeed ds_configs/z2.json --preset demo --output-dir $(RUN)
 
-# Files whose tests need no machine to themselves, two at a time; the rest start many processes, or look at the clock.
-SIDE_BY_SIDE := tests/nn tests/data/test_streams.py $(wildcard tests/data/test_program*.py) \
+# Files whose tests need no machine to themselves, two at a time, the longest first; the rest look at the clock.
+SIDE_BY_SIDE := tests/training/test_invariance.py tests/training/test_train_settings.py tests/training/test_shards.py \
+  tests/nn tests/export tests/training/test_learning.py tests/training/test_memory.py \
+  tests/benchmarks/test_programs_compare.py tests/data/test_streams.py $(wildcard tests/data/test_program*.py) \
   $(wildcard tests/training/test_program_*.py) tests/training/test_evaluation.py tests/training/test_sample.py
 
 test: lint types

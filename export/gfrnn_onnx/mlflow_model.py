@@ -54,7 +54,7 @@ def register(model: Path, name: str, run_dir: Path) -> list[str]:
         finally:
             mlflow.end_run(before)
     except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = without_password(" ".join(str(error).split())[:200])
         raise UserError(
             f"--register {name}: MLflow at {without_password(uri)} fails ({reason}); {model} is there"
         ) from error

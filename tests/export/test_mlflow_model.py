@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import time
 import urllib.error
@@ -51,7 +52,7 @@ def test_registered_it_answers_a_step(tmp_path: Path, tracking: str, monkeypatch
     log = (tmp_path / "serve.log").open("w")
     server = subprocess.Popen(
         [*map(str, command)],
-        env=environment(MLFLOW_TRACKING_URI=tracking),
+        env=environment(MLFLOW_TRACKING_URI=tracking, PATH=f"{BIN}:{os.environ['PATH']}"),
         stdout=log,
         stderr=log,
         start_new_session=True,
