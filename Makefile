@@ -43,8 +43,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# What needs root and Debian packages: real file systems that fill up.
+# What needs root and Debian packages: real file systems that fill up, slow links, a browser; and a long soak.
 test-systems: $(READY)
+	command -v chromium >/dev/null || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
 	$(BIN)/pytest tests/systems
 
 clean:
