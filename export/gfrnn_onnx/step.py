@@ -35,7 +35,7 @@ IR_VERSION = 11
 
 Array = npt.NDArray[np.float32]
 Parts = dict[str, ir.Value]
-"""Of a layer's pre-activations, by name: unit [B, U], gates [B, Lg], candidate [B, H]; those that there are."""
+"""Of a layer's pre-activations, by name: unit [B, U], gates [B, Lg] (or both [B, U + Lg]), candidate [B, H]."""
 
 
 class Graph:
@@ -180,6 +180,9 @@ class _GatedFeedback:
             self.reads_all.append("gates")
         if plan.feedback != "gated":
             (self.reads_all if plan.candidate_sources > 1 else self.reads_own).append("candidate")
+        if self.reads_all == ["unit", "gates"] and not plan.layer_norm:  # side by side from sum to sigmoid: fewer nodes
+            self.reads_all = ["both"]
+            self.sizes = {"both": plan.rows - plan.hidden_size, "candidate": plan.hidden_size}
         self.last_gates: list[ir.Value] = []
 
     def _bias(self, j: int) -> Array:
@@ -201,6 +204,7 @@ class _GatedFeedback:
 
     def _recurrent(self, weights: list[LayerWeights], parts: list[str]) -> Array:
         """[sources * H, columns of those parts of each layer]."""
+        parts = [name for part in parts for name in (["unit", "gates"] if part == "both" else [part])]
         found = [{"unit": w.unit, "gates": w.gates, "candidate": w.candidate}[part] for w in weights for part in parts]
         return np.concatenate([_array(tensor).T for tensor in found if tensor is not None], axis=1)
 
@@ -229,15 +233,16 @@ class _GatedFeedback:
                 if j not in self.tables:
                     below = graph("Add", below, products.shared(f"bias_l{j}", self._ordered(self._bias(j))))
             x = self._split(graph.total(read[j] if j in self.tables else None, below), list(self.sizes))
-            if "gates" in x:
-                g_BL = graph("Sigmoid", graph("Add", x["gates"], recurrent[j]["gates"]))
+            unit_gates, g_BL = self._gates(j, x, recurrent[j])
+            if g_BL is not None:
                 self.last_gates.append(g_BL)
                 gated_BLH = graph("Mul", h_BLH, graph("Unsqueeze", g_BL, graph.constant(2)))
                 gated_BS = graph.reshape(gated_BLH, -1, L * size)
                 weight = partial(self._recurrent, [w], ["candidate"])
                 # gates make states small: at their scale of 1/127 that costs ten times the bits
                 recurrent[j]["candidate"] = products(gated_BS, f"candidate_l{j}", weight, bounded=False)
-            h, c = self._unit(j, x, recurrent[j], h_own[j] if h_own else None, c_own[j] if c_own else None)
+            before = h_own[j] if h_own else None, c_own[j] if c_own else None
+            h, c = self._unit(j, x["candidate"], recurrent[j]["candidate"], unit_gates, *before)
             h_next.append(h)
             if c is not None:
                 c_next.append(c)
@@ -267,35 +272,50 @@ class _GatedFeedback:
         L = self.plan.num_layers
         return self.graph.reshape(self.graph.join(self.last_gates), -1, L, L)
 
+    def _gates(self, j: int, x: Parts, recurrent: Parts) -> tuple[list[ir.Value], ir.Value | None]:
+        """One layer's unit gates [B, H] each, and its global gates [B, L]."""
+        graph, H, w = self.graph, self.plan.hidden_size, self.weights[j]
+        count = self.plan.unit_rows // H - 1
+        if "both" in x:
+            *gates, g_BL = graph.split(
+                graph("Sigmoid", graph("Add", x["both"], recurrent["both"])), [H] * count + [self.plan.global_gates]
+            )
+            return gates, g_BL
+        g = graph("Sigmoid", graph("Add", x["gates"], recurrent["gates"])) if "gates" in x else None
+        if "unit" not in x:
+            return [], g
+        a = graph("Add", x["unit"], recurrent["unit"])
+        if w.gain is None:
+            return graph.split(graph("Sigmoid", a), [H] * count), g
+        parts = enumerate(graph.split(a, [H] * count))
+        return [graph("Sigmoid", self._normal(j, k + 1, part)) for k, part in parts], g
+
     def _unit(
-        self, j: int, x: Parts, recurrent: Parts, h: ir.Value | None, c: ir.Value | None
+        self,
+        j: int,
+        x: ir.Value,
+        s: ir.Value,
+        gates: list[ir.Value],
+        h: ir.Value | None,
+        c: ir.Value | None,
     ) -> tuple[ir.Value, ir.Value | None]:
-        """One layer's new h [B, H] and c."""
-        graph, w, unit = self.graph, self.weights[j], self.plan.unit
-        if unit == "gru":
-            s = recurrent["candidate"]
+        """One layer's new h [B, H] and c, from its candidate's sums of input and layer below, and of states."""
+        graph, w = self.graph, self.weights[j]
+        if self.plan.unit == "gru":
+            r, z = gates
             if w.hidden_bias is not None:
                 s = graph("Add", s, self.products.shared(f"hidden_bias_l{j}", _array(w.hidden_bias)))
-            r, z = self._gates(j, x, recurrent)
-            n = graph("Tanh", self._normal(j, 0, graph("Add", x["candidate"], graph("Mul", r, s))))
+            s = graph("Mul", r, s)
+        n = graph("Tanh", self._normal(j, 0, graph("Add", x, s)))
+        if self.plan.unit == "gru":
             return graph("Add", n, graph("Mul", z, graph("Sub", h, n))), None
-        n = graph("Tanh", self._normal(j, 0, graph("Add", x["candidate"], recurrent["candidate"])))
-        if unit == "tanh":
+        if self.plan.unit == "tanh":
             return n, None
-        i, f, o = self._gates(j, x, recurrent)
+        i, f, o = gates
         c = cell = graph("Add", graph("Mul", f, c), graph("Mul", i, n))
         if w.cell_gain is not None and w.cell_bias is not None:
             cell = self._layer_norm(cell, f"norm_cell_l{j}", _array(w.cell_gain), _array(w.cell_bias))
         return graph("Mul", o, graph("Tanh", cell)), c
-
-    def _gates(self, j: int, x: Parts, recurrent: Parts) -> list[ir.Value]:
-        """The unit's own gates [B, H] each."""
-        graph, H, w = self.graph, self.plan.hidden_size, self.weights[j]
-        count = self.sizes["unit"] // H
-        a = graph("Add", x["unit"], recurrent["unit"])
-        if w.gain is None:
-            return graph.split(graph("Sigmoid", a), [H] * count)
-        return [graph("Sigmoid", self._normal(j, k + 1, part)) for k, part in enumerate(graph.split(a, [H] * count))]
 
     def _normal(self, j: int, block: int, a: ir.Value) -> ir.Value:
         """Layer norm of one block of H pre-activations (0: the candidate), where the net has it."""
