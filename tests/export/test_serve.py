@@ -158,6 +158,22 @@ def test_streams_equal_the_whole(client: openai.OpenAI, server: Server) -> None:
             assert [value for each in said for value in getattr(each, name)] == expected["logprobs"][name], name
 
 
+def test_long_streams_take_no_longer_a_byte(server: Server) -> None:
+    """With all that may be asked beside the text, whose places in it are counted on, not counted anew."""
+
+    def seconds(length: int) -> float:
+        begin = time.perf_counter()
+        chunks = server.events(prompt="x", max_tokens=length, logprobs=1, gates=True, echo=True, seed=1)
+        taken = time.perf_counter() - begin
+        last = [chunk for chunk in chunks if chunk["choices"][0]["logprobs"]][-1]["choices"][0]["logprobs"]
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        assert last["text_offset"][-1] == len(text) - 1
+        return taken
+
+    seconds(100)
+    assert seconds(16000) / 16000 < 4 * seconds(2000) / 2000
+
+
 def test_streams_have_whole_characters_only(server: Server) -> None:
     """The model's bytes are no UTF-8; whatever comes, no character comes in halves, and none is lost."""
     chunks = server.events(prompt="日本語 é€😀", max_tokens=60, seed=2, echo=True)
@@ -697,6 +713,7 @@ def test_held_back_and_offsets() -> None:
     assert held_back(b"the stop", [b"stopped"]) == 4
     assert held_back(b"anything", [b"x"]) == held_back(b"", [b"ab"]) == 0
     assert offsets("aé€b".encode()) == [0, 1, 1, 2, 2, 2, 3]
+    assert offsets(b"\xc3\xc3\xa9\xe2a\xff") == [0, 1, 1, 2, 3, 4]  # what is no UTF-8 is a character each
     characters = Characters()
     assert [characters.add(bytes([b])) for b in "é€".encode()] == ["", "é", "", "", "€"]
     assert characters.add(b"\xe2", final=True) == "\ufffd"

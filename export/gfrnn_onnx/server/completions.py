@@ -154,7 +154,7 @@ class Run:
         choices = []
         for index, job in enumerate(self.jobs):
             text = decode((job.prompt if self.request.echo else b"") + bytes(job.text))
-            logprobs = self._logprobs(index, 0, _visible(job), b"")
+            logprobs = self._logprobs(index, 0, _visible(job), 0)
             choice = Choice(index=index, text=text, logprobs=logprobs, finish_reason=_reason(job))
             if self.request.gates:
                 choice.gates = _gates(job.tokens[: _visible(job)])
@@ -191,9 +191,9 @@ class Run:
         except ApiError as error:
             yield f"data: {json.dumps(error.body())}\n\n"
             return
-        options = self.request.stream_options
+        options, usage = self.request.stream_options, self._usage()
         if options is not None and options.include_usage:
-            yield self._event([], self._usage())
+            yield self._event([], usage)
         yield "data: [DONE]\n\n"
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> str:
@@ -228,8 +228,8 @@ class Run:
             prompt_tokens_details={"cached_tokens": cached},
         )
 
-    def _logprobs(self, index: int, begin: int, end: int, before: bytes) -> Logprobs | None:
-        """Of tokens begin to end of a job; `before`: bytes of the text shown so far."""
+    def _logprobs(self, index: int, begin: int, end: int, before: int) -> Logprobs | None:
+        """Of tokens begin to end of a job; `before`: characters of the text before them."""
         if self.request.logprobs is None:
             return None
         job, marked = self.jobs[index], self.marked[index]
@@ -237,7 +237,7 @@ class Run:
         names = [name(token.symbol) for token in tokens]
         said: list[float | None] = [token.log_probability for token in tokens]
         top: list[dict[str, float] | None] = [_named(token) for token in tokens]
-        places = offsets([*before, *(token.symbol for token in tokens)])[len(before) :]
+        places = [before + place for place in offsets(token.symbol for token in tokens)]
         if begin == 0 and self.request.echo and job.start is None:  # nothing stands before an echoed text
             if marked:
                 names, said, top, places = [START_TEXT, *names], [None, *said], [None, *top], [0, *places]
@@ -257,7 +257,7 @@ class _Shown:
     def __init__(self, run: Run, index: int, job: Job):
         self.run, self.index, self.job = run, index, job
         self.characters, self.bytes, self.tokens = Characters(), 0, 0
-        self.shown = b""  # all bytes whose characters have been sent
+        self.count = 0  # characters sent
 
     def next(self, done: bool) -> dict[str, Any] | None:
         """A choice with what is new; None if no character is whole yet."""
@@ -279,15 +279,14 @@ class _Shown:
         if job.top is not None:
             # tokens of the characters shown: a byte of one that is not whole waits with it
             whole = ready if done else ready - self._unfinished(text[:ready])
-            skipped = 0 if job.prompt_tokens or not request.echo else len(job.prompt)
-            end = max(self.tokens, min(len(job.tokens), whole - skipped))
-            logprobs = run._logprobs(self.index, self.tokens, end, self.shown) if end > self.tokens or done else None
+            end = max(self.tokens, min(len(job.tokens), whole))
+            logprobs = run._logprobs(self.index, self.tokens, end, self.count) if end > self.tokens or done else None
             if logprobs is not None:
                 choice["logprobs"] = logprobs.model_dump()
             if request.gates:
                 choice["gates"] = _gates(job.tokens[self.tokens : end])
-            self.shown = text[: skipped + end]
             self.tokens = end
+        self.count += len(new)
         if done and job.state is not None:
             choice["state"] = run.states.keep(job.state)
         return choice

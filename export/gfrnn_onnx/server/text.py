@@ -35,8 +35,9 @@ def offsets(symbols: Iterable[int]) -> list[int]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     found, count = [], 0
     for symbol in symbols:
-        found.append(count)
         count += len(decoder.decode(bytes([symbol])))
+        unfinished = bool(decoder.getstate()[0])
+        found.append(count if unfinished else count - 1)
     return found
 
 
