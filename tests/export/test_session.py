@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from exported import SMALL, encoder_decoder, language_model, save_programs, save_step
+from onnxruntime import OrtValue
 
 from gfrnn.config import PROGRAM_SYMBOLS, ModelSettings
 from gfrnn.data import generate_programs
@@ -320,3 +321,27 @@ def test_a_vocabulary_of_characters(tmp_path: Path) -> None:
     step = Step(save_step(language_model(settings), tmp_path / "s.onnx"), "cpu")
     with pytest.raises(ValueError, match="from 0 to 38"):
         step(np.array([39]))
+
+
+def test_what_cuda_does_with_rows_done_in_this_memory(
+    path: Path, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers that arrays are copied into and out of, of one size, as on a device; without the device."""
+
+    class Copied(Rows):
+        def __init__(self, step: Step, capacity: int):
+            monkeypatch.setattr(step, "provider", "cuda")
+            super().__init__(step, capacity)
+            monkeypatch.undo()
+
+        def _ort(self, array: np.ndarray) -> OrtValue:
+            return OrtValue.ortvalue_from_numpy(array.copy(), "cpu", 0)
+
+    other = Session(path, "cpu", threads=1)
+    for capacity in (1, 4):
+        other._rows[capacity] = Copied(other._step, capacity)
+        assert (other._rows[capacity].on_cpu, other._rows[capacity].sizes) == (False, [capacity])
+    for prompts in (b"abc", [b"abc", b"x", b"yyyyyyy"]):
+        assert other.generate(prompts, 40, seed=5) == session.generate(prompts, 40, seed=5)
+    for found, expected in zip(other.score([b"hello there", b"x"]), session.score([b"hello there", b"x"]), strict=True):
+        np.testing.assert_array_equal(found, expected)
