@@ -394,6 +394,18 @@ def test_a_leader_that_goes_away_leaves_its_followers_well(server: Server, sessi
     server.wait_until_idle()
 
 
+def test_a_longer_prompt_waits_only_until_the_shorter_is_read(model: Path, session: Session) -> None:
+    prompt = "".join(chr(97 + k * k % 17) for k in range(3000))
+    with serving(model) as alone:
+        leader = alone.open({"prompt": prompt, "max_tokens": 16000})
+        time.sleep(0.1)
+        answer = alone.complete(prompt=prompt + " more", max_tokens=5, seed=1)
+        assert alone.ask("/healthz")[1]["rows_in_use"] == 1  # the first still writes
+        leader.close()
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 3000
+        assert answer["choices"][0]["text"] == as_text(session.generate(f"{prompt} more".encode(), 5, seed=1))
+
+
 def test_goes_on_from_a_state(server: Server, session: Session) -> None:
     first = server.complete(prompt="Once", max_tokens=10, temperature=0, return_state=True)["choices"][0]
     assert re.fullmatch("state-[0-9a-f]{32}", first["state"])
@@ -711,6 +723,7 @@ def test_common_length() -> None:
 def test_held_back_and_offsets() -> None:
     assert held_back(b"the sto", [b"stop", b"x"]) == 3
     assert held_back(b"the stop", [b"stopped"]) == 4
+    assert held_back(b"the stop", [b"stop"]) == 4  # seen before it is taken off
     assert held_back(b"anything", [b"x"]) == held_back(b"", [b"ab"]) == 0
     assert offsets("aé€b".encode()) == [0, 1, 1, 2, 2, 2, 3]
     assert offsets(b"\xc3\xc3\xa9\xe2a\xff") == [0, 1, 1, 2, 3, 4]  # what is no UTF-8 is a character each

@@ -262,8 +262,9 @@ class _Shown:
     def next(self, done: bool) -> dict[str, Any] | None:
         """A choice with what is new; None if no character is whole yet."""
         run, job, request = self.run, self.job, self.run.request
-        text = (job.prompt if request.echo else b"") + bytes(job.text)
-        ready = len(text) if done else len(text) - held_back(job.text, run.stops)
+        written = bytes(job.text)  # once: the stepping thread writes on, or takes a stop off again
+        text = (job.prompt if request.echo else b"") + written
+        ready = len(text) if done else len(text) - held_back(written, run.stops)
         part = text[self.bytes : ready]
         new = self.characters.add(part, final=done)
         if not new and not done:

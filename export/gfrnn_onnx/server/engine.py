@@ -251,10 +251,13 @@ class Engine:
             if job.position < len(job.symbols):
                 symbols[row] = job.symbols[job.position]
                 reading += 1
-                if job.followers or job.position % _BLOCK == 0 or job.position == len(job.symbols) - 1:
-                    marked.append(row)
+                worth_keeping = job.position % _BLOCK == 0 or job.position == len(job.symbols) - 1
             else:
                 drawing.append(row)
+                worth_keeping = False
+            # who waits may want all of this prompt, which has been read when the first symbol is drawn
+            if worth_keeping or any(length == job.position for length, _ in job.followers):
+                marked.append(row)
         self.metrics.prompt_symbols.inc(reading)
         if drawing:
             some_BV = logits_BV if len(drawing) == len(running) else logits_BV[drawing]

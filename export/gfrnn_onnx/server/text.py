@@ -42,8 +42,8 @@ def offsets(symbols: Iterable[int]) -> list[int]:
 
 
 def held_back(text: bytes | bytearray, stops: Sequence[bytes]) -> int:
-    """How many of the last bytes may be the beginning of a stop, and must not be shown yet."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
+    """How many of the last bytes may be the beginning of a stop, or all of one, and must not be shown yet."""
+    longest = max(map(len, stops), default=0)
     for count in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(bytes(text[-count:])) for stop in stops):
             return count
