@@ -612,6 +612,20 @@ def test_hostile_input(case: str, server: Server) -> None:
     assert server.complete(prompt="x", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
+@pytest.mark.parametrize("body", [b"300", b'"\\ud800"', b"[300]", b"null"])
+def test_a_list_of_mistakes_costs_no_more_than_one(body: bytes, server: Server) -> None:
+    before = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    begin = time.monotonic()
+    for name in (b"prompt", b"stop"):
+        status, error = server.post(
+            "/v1/completions", b'{"%s": [%s]}' % (name, b",".join([body] * (900_000 // len(body) // 2)))
+        )
+        assert status == 400, error
+    assert time.monotonic() - begin < 5
+    after = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    assert (int(after) - int(before)) * os.sysconf("SC_PAGE_SIZE") < 200 << 20
+
+
 def test_other_paths_have_error_bodies_too(server: Server) -> None:
     for path, data, status in (
         ("/v1/nothing", None, 404),

@@ -14,7 +14,12 @@ START, START_TEXT = 256, "<|endoftext|>"
 """What may stand before a text given as ids, for clients that want something there: every text starts so anyway."""
 
 Id = Annotated[StrictInt, Field(ge=0, le=START)]
-Prompt = StrictStr | list[Id] | list[StrictStr] | list[list[Id]]
+# lists stop at their first mistake: an error for each of a million elements would be gigabytes
+Ids = Annotated[list[Id], Field(fail_fast=True)]
+Prompt = (
+    StrictStr | Ids | Annotated[list[StrictStr], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
+)
+Stop = Annotated[StrictStr, Field(min_length=1)]
 Number = StrictFloat | StrictInt
 
 
@@ -86,7 +91,7 @@ class CompletionRequest(_Request):
     stream_options: StreamOptions | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
-    stop: Annotated[StrictStr, Field(min_length=1)] | list[Annotated[StrictStr, Field(min_length=1)]] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     suffix: StrictStr | None = None
     """Not supported."""
@@ -189,7 +194,7 @@ class Tokens(BaseModel):
 class DetokenizeRequest(_Request):
     """Ids to text."""
 
-    tokens: list[Id]
+    tokens: Ids
     model: StrictStr | None = None
 
 
