@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +37,7 @@ from gfrnn.runs import versions
 from gfrnn_onnx.names import Metadata
 from gfrnn_onnx.precision import Precision
 from gfrnn_onnx.runner import Rows, Step
-from gfrnn_onnx.step import build_step
+from gfrnn_onnx.step import build_step, save_step
 
 BATCHES = (1, 8, 64, 256)
 CLIENTS = (1, 8, 64)
@@ -51,8 +50,7 @@ def export(model: LanguageModel, precision: Precision, folder: Path) -> Path:
     path = folder / f"{precision}.onnx"
     made = build_step(model, precision=precision)
     metadata = Metadata("text", "bytes", dataclasses.asdict(model.settings), precision=precision, run_id="benchmark")
-    made.metadata_props.update(metadata.to_properties())
-    ir.save(made, path)
+    save_step(made, metadata, path)
     return path
 
 

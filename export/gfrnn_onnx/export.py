@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _PIECES = 32  # that held-out text is read in, side by side
 _PROGRAMS = 256  # held out, that a program model is checked on
 _MOST_UNROLL = 256
-_LARGEST_FILE = 2**31 - 2**20  # of a protobuf, with room for what is not weights
 _MOST_COST = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.01, "int8": 0.01, "int4": 0.5}
 """Bits a character that a precision may add before the export counts as failed."""
 
@@ -153,27 +152,28 @@ def _write(
     from gfrnn.nn import EncoderDecoder
     from gfrnn_onnx.runner import Step
     from gfrnn_onnx.session import Session
-    from gfrnn_onnx.step import build_step
+    from gfrnn_onnx.step import build_step, save_step
     from gfrnn_onnx.verify import check_operators, exported_program_bpc, program_bpc, text_bpc
 
     metadata = _metadata(settings, checkpoint, trained)
     models: dict[str, ir.Model] = {}
+    steps: dict[str, Step] = {}
     worst: list[Differences] = []
     for file, (net, kind, symbols) in _nets(model, name).items():
         own = dataclasses.replace(metadata, kind=kind, symbols=symbols, settings=dataclasses.asdict(net.settings))
         say(f"{file}: {settings.precision}, {MEANING[settings.precision]}")
         models[file] = build_step(net, precision=settings.precision, unroll=settings.unroll, gates=settings.gates)
-        _save(models[file], own, folder / file)
+        save_step(models[file], own, folder / file)
         check_operators(folder / file, settings.precision)
-        worst.append(_check(settings, Step(folder / file, "cpu"), net))
+        steps[file] = Step(folder / file, "cpu")
+        worst.append(_check(settings, steps[file], net))
 
     say("comparing bits a character")
     if isinstance(model, EncoderDecoder):
         assert not isinstance(held_out, list)
         characters = int(held_out.target_lengths_B.sum())
         trained_bpc = program_bpc(model, held_out)
-        encoder, decoder = (Step(folder / name, "cpu") for name in (ENCODER, DECODER))
-        exported_bpc = exported_program_bpc(encoder, decoder, held_out)
+        exported_bpc = exported_program_bpc(steps[ENCODER], steps[DECODER], held_out)
     else:
         assert isinstance(held_out, list)
         characters = sum(map(len, held_out))
@@ -190,7 +190,7 @@ def _write(
     bpc = {**metadata.bpc, "trained": trained_bpc, "exported": exported_bpc}
     for file, each in models.items():
         own = dataclasses.replace(Metadata.from_properties(each.metadata_props), bpc=bpc)
-        _save(each, own, folder / file)
+        save_step(each, own, folder / file)
     return {
         "precision": settings.precision,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -282,15 +282,6 @@ def _held_out(settings: ExportSettings, trained: Settings, corpus_md5: str | Non
     if size == 0:
         raise UserError(f"the text to check on has {len(text)} bytes; give at least {_PIECES} with --text-file")
     return [bytes(text[k * size : (k + 1) * size]) for k in range(_PIECES)]
-
-
-def _save(model: ir.Model, metadata: Metadata, path: Path) -> None:
-    """Weights inside the file, or (more than a protobuf holds) beside it in PATH.data."""
-    import onnx_ir as ir
-
-    model.metadata_props.update(metadata.to_properties())
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > _LARGEST_FILE else None)
 
 
 def _print(results: dict[str, Any]) -> None:

@@ -14,9 +14,8 @@ import onnxruntime
 
 from gfrnn.config import UserError
 from gfrnn.runs import RunFolder
-from gfrnn_onnx.names import DECODER, ENCODER
+from gfrnn_onnx.names import DECODER, ENCODER, WEIGHTS
 
-_LARGEST_FILE = 2**31 - 2**20
 _DTYPES: dict[int, np.dtype[Any]] = {
     onnx.TensorProto.INT64: np.dtype(np.int64),
     onnx.TensorProto.FLOAT: np.dtype(np.float32),
@@ -87,7 +86,7 @@ def _log(path: Path, name: str) -> str:
         signature=signature,
         input_example=example,
         pip_requirements=[f"{each}=={importlib.metadata.version(each)}" for each in ("mlflow", "onnx", _runtime())],
-        save_as_external_data=proto.ByteSize() > _LARGEST_FILE,
+        save_as_external_data=path.with_name(path.name + WEIGHTS).exists(),
     )
     return f"models:/{name}/{logged.registered_model_version}"
 

@@ -7,10 +7,15 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NEWLINE = 10
+"""The byte that every text starts after, from a zero state (gfrnn.data.NEWLINE)."""
+
 TOKEN, H, C = "token", "h", "c"
 LOGITS, H_NEXT, C_NEXT, GATES = "logits", "h_next", "c_next", "gates"
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 """The two files of a program model's folder."""
+WEIGHTS = ".data"
+"""What follows a file's name in that of its weights, where they are too large to be inside."""
 
 FORMAT = 1
 """Of the properties; a file with another number is of another version of this package."""
@@ -65,13 +70,3 @@ class Metadata:
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ModelError(f"has damaged properties ({error}): export it again") from error
-
-    @property
-    def layers(self) -> int:
-        """L."""
-        return 1 if self.settings["unit"] == "mrnn" else int(self.settings["num_layers"])
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return int(self.settings["hidden_size"])

@@ -149,15 +149,13 @@ class Step:
         logits = [LOGITS] * (LOGITS in self.outputs)
         for name in [*logits, *self.state_outputs]:
             binding.bind_output(name, "cpu" if name == LOGITS else self.provider)
-        if self.has_gates:
-            binding.bind_output(GATES, "cpu")
         options = ort.RunOptions()
         if self.graphs:
             options.add_run_config_entry("gpu_graph_id", "-1")  # addresses differ from call to call
         self.session.run_with_iobinding(binding, options)
         found = binding.get_outputs()
         result = found[0].numpy() if logits else None
-        return result, State(found[len(logits) :][: len(self.state_outputs)])
+        return result, State(found[len(logits) :])
 
 
 class Rows:
@@ -234,9 +232,10 @@ class Rows:
 
     def clear(self) -> None:
         """Sets every row's state to zeros."""
-        self._to_device([np.zeros_like(part) for part in self._states[self.now]])
-        for part in self._states[self.now]:
+        parts = self._host()
+        for part in parts:
             part[:] = 0
+        self._to_device(parts)
 
     def put(self, row: int, state: tuple[npt.NDArray[np.float32], ...] | None) -> None:
         """Sets a row's state; None: zeros."""

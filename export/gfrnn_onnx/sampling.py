@@ -5,6 +5,7 @@ Legend: B rows, V symbols.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,11 @@ def bits(logits_BV: npt.NDArray[np.float32], symbols_B: Symbols) -> Floats:
     """-log2 p(symbol), [B]."""
     chosen: Floats = log_probabilities(logits_BV)[np.arange(len(symbols_B)), symbols_B] / -np.log(2)
     return chosen
+
+
+def stop_length(text: bytes | bytearray, stops: Sequence[bytes]) -> int:
+    """Bytes of the stop that a text ends with, the longest of several; 0 if it ends with none."""
+    return max((len(stop) for stop in stops if text.endswith(stop)), default=0)
 
 
 def draw(logits_BV: npt.NDArray[np.float32], samplings: list[Sampling], numbers_B: Floats) -> Symbols:

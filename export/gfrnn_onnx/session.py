@@ -14,12 +14,11 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from gfrnn_onnx.names import DECODER, ENCODER, LOGITS, Metadata, ModelError
+from gfrnn_onnx.names import DECODER, ENCODER, LOGITS, NEWLINE, Metadata, ModelError
 from gfrnn_onnx.runner import Logits, Provider, Rows, Step, Symbols
-from gfrnn_onnx.sampling import Sampling, bits, draw
+from gfrnn_onnx.sampling import Sampling, bits, draw, stop_length
 from gfrnn_onnx.state import State
 
-NEWLINE = 10
 _MOST_CHARACTERS = 64  # of a prediction: more than any target has
 _MOST_ROWS = 64  # stepped at once
 
@@ -180,10 +179,9 @@ class Session:
             rows.symbols[: len(known)] = known
             for row in reversed(drawing):
                 text = written[running[row]]
-                ends = [each for each in stops if text.endswith(each)]
-                if ends:
-                    del text[-max(map(len, ends)) :]
-                if ends or len(text) >= length:  # the last row takes its place
+                stopped = stop_length(text, stops)
+                del text[len(text) - stopped :]
+                if stopped or len(text) >= length:  # the last row takes its place
                     rows.move(len(running) - 1, row)
                     running[row] = running[-1]
                     running.pop()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,15 @@ from gfrnn.nn.language_model import SymbolRNN
 from gfrnn.nn.plan import LayerWeights
 from gfrnn.nn.units import NORM_EPS
 from gfrnn_onnx import names
+from gfrnn_onnx.names import WEIGHTS, Metadata
 from gfrnn_onnx.precision import Precision
 from gfrnn_onnx.products import Products
 
 OPSET = 23
 """The newest that both the CPU and the CUDA provider have kernels for, of every operator here."""
 IR_VERSION = 11
+LARGEST_FILE = 2**31 - 2**20
+"""Bytes of weights that a protobuf holds, with room for the rest."""
 
 Array = npt.NDArray[np.float32]
 Parts = dict[str, ir.Value]
@@ -122,7 +126,7 @@ def build_step(model: SymbolRNN, *, precision: Precision = "fp32", unroll: int =
             logits = graph.reshape(logits, -1, unroll, V)
         named.append(_named(logits, names.LOGITS, ["batch", V] if unroll == 1 else ["batch", unroll, V]))
     named += [
-        _named(graph("Identity", value), name, ["batch", L, size])
+        _named(value, name, ["batch", L, size])
         for name, value in zip([names.H_NEXT, names.C_NEXT], (h, c), strict=True)
         if value is not None
     ]
@@ -140,6 +144,13 @@ def build_step(model: SymbolRNN, *, precision: Precision = "fp32", unroll: int =
         ir_version=IR_VERSION,
         producer_name="gfrnn",
     )
+
+
+def save_step(model: ir.Model, metadata: Metadata, path: Path) -> None:
+    """Writes a step with what it says about itself; weights that are too large for one file lie beside it."""
+    model.metadata_props.update(metadata.to_properties())
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=path.name + WEIGHTS if size > LARGEST_FILE else None)
 
 
 def _named(value: ir.Value, name: str, shape: list[Any]) -> ir.Value:

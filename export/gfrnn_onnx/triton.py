@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx
 
 from gfrnn.config import UserError
-from gfrnn_onnx.names import LOGITS, TOKEN
+from gfrnn_onnx.names import LOGITS, TOKEN, WEIGHTS
 
 _MOST_ROWS = 64
 _MOST_SEQUENCES = 1024
@@ -40,7 +40,7 @@ def write_triton(model: Path, repository: Path) -> Path:
         version = made / "1"
         version.mkdir(parents=True)
         shutil.copyfile(model, version / "model.onnx")
-        beside = model.with_name(f"{model.name}.data")  # by which name the model knows it
+        beside = model.with_name(model.name + WEIGHTS)  # by which name the model knows it
         if beside.exists():
             shutil.copyfile(beside, version / beside.name)
         (made / "config.pbtxt").write_text(_config(name, onnx.load(model, load_external_data=False)))

@@ -17,6 +17,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from gfrnn.data import NEWLINE
 from gfrnn.data.program_batches import ProgramBatch
 from gfrnn.nn import EncoderDecoder, LanguageModel
 from gfrnn.nn.language_model import SymbolRNN
@@ -107,7 +108,7 @@ def _distance(ours: npt.NDArray[np.float32], theirs: Tensor) -> float:
 @torch.no_grad()
 def text_bpc(model: LanguageModel, pieces: Sequence[bytes]) -> float:
     """Bits a byte that pieces of equal length cost the model, each a text of its own."""
-    symbols_TB = torch.tensor([list(b"\n" + piece) for piece in pieces]).T
+    symbols_TB = torch.tensor([[NEWLINE, *piece] for piece in pieces]).T
     logits_TBV, _ = model.eval()(symbols_TB[:-1])
     return bits_TB(logits_TBV, symbols_TB[1:]).double().mean().item()
 

@@ -6,15 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 
 from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, ModelSettings
 from gfrnn.nn import EncoderDecoder, LanguageModel
 from gfrnn.nn.language_model import SymbolRNN
+from gfrnn_onnx import step
 from gfrnn_onnx.names import DECODER, ENCODER, Kind, Metadata
 from gfrnn_onnx.precision import Precision
-from gfrnn_onnx.step import build_step
 
 SMALL = ModelSettings(num_layers=3, hidden_size=24, output_skips=True)
 
@@ -52,11 +51,10 @@ def save_step(
     run_id: str = "a-run",
 ) -> Path:
     """The step of a net as a file, as to_onnx.py writes it."""
-    model = build_step(net, precision=precision, unroll=unroll, gates=gates)
+    model = step.build_step(net, precision=precision, unroll=unroll, gates=gates)
     settings = dataclasses.asdict(net.settings)
     metadata = Metadata(kind, symbols, settings, precision=precision, unroll=unroll, run_id=run_id)
-    model.metadata_props.update(metadata.to_properties())
-    ir.save(model, path)
+    step.save_step(model, metadata, path)
     return path
 
 

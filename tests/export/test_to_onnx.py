@@ -113,7 +113,7 @@ def test_what_a_precision_costs_is_measured(
 def test_weights_too_large_for_one_file_lie_beside_it(
     run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "_LARGEST_FILE", 100_000)
+    monkeypatch.setattr("gfrnn_onnx.step.LARGEST_FILE", 100_000)
     to_onnx(monkeypatch, run, "--text-file", text_file, "--output", tmp_path / "big.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
     assert (tmp_path / "big.onnx").stat().st_size < 60_000
