@@ -16,9 +16,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from gfrnn_onnx.runner import Step
-from gfrnn_onnx.server.completions import Run, States
-from gfrnn_onnx.server.engine import Busy, Engine, Job, finished
-from gfrnn_onnx.server.limits import Gate, Limits
+from gfrnn_onnx.server.completions import Run, States, check_ends, read_texts, submit
+from gfrnn_onnx.server.engine import Engine, Job, finished
+from gfrnn_onnx.server.limits import GONE, Gate, Limits, error_response
 from gfrnn_onnx.server.metrics import Metrics
 from gfrnn_onnx.server.protocol import (
     START,
@@ -50,7 +50,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503)
 }
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
-_GONE = 499  # nginx's number for a client that went away before its answer: no one reads it
 
 
 class Service:
@@ -148,7 +147,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             finally:
                 run.cancel()
             if answer is None:
-                return Response(status_code=_GONE)
+                return Response(status_code=GONE)
             return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
         async def events() -> AsyncIterator[str]:
@@ -169,28 +168,16 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def score(request: Request, body: ScoreRequest) -> ScoreAnswer:
         """Bits that the model needs for each byte of texts."""
         service.check()
-        pieces = [given.symbols for given in texts(body.text, "text")]
         limits = service.limits
-        if len(pieces) > limits.max_sequences:
-            raise ApiError(400, f"{len(pieces)} texts are more than {limits.max_sequences}", param="text")
-        if max(map(len, pieces)) > limits.max_prompt_bytes:
-            raise ApiError(
-                400, f"a text of {max(map(len, pieces))} bytes is longer than {limits.max_prompt_bytes}", param="text"
-            )
+        pieces = [given.symbols for given in read_texts(body.text, "text", limits)]
         deadline = time.monotonic() + limits.request_seconds
         changed = asyncio.Event()
         jobs = [Job(piece, 0, top=0, prompt_tokens=True, deadline=deadline, changed=changed) for piece in pieces]
-        try:
-            service.engine.submit(jobs)
-        except Busy:
-            raise ApiError(429, "too many sequences wait already; try again", retry=1) from None
+        submit(service.engine, jobs, limits)
 
         async def done() -> ScoreAnswer:
             await finished(jobs)
-            if any(job.finish_reason == "timeout" for job in jobs):
-                raise ApiError(408, "the request took longer than this server allows", code="timeout")
-            if any(job.finish_reason != "length" for job in jobs):
-                raise ApiError(500, "the server's stepping thread failed; its log says why")
+            check_ends(jobs)
             return ScoreAnswer(scores=[_score(job) for job in jobs])
 
         try:
@@ -275,27 +262,23 @@ def _add_state_of_things(app: FastAPI, service: Service) -> None:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    def answer(error: ApiError) -> JSONResponse:
-        headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-        return JSONResponse(error.body(), error.status, headers=headers)
-
     @app.exception_handler(ApiError)
     async def ours(_: Request, error: ApiError) -> JSONResponse:
-        return answer(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        response = answer(ApiError(error.status_code, str(error.detail)))
+        response = error_response(ApiError(error.status_code, str(error.detail)))
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(_in_words(error))
+        return error_response(_in_words(error))
 
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> JSONResponse:
-        return answer(ApiError(500, f"a fault of the server ({type(error).__name__}); its log has more"))
+        return error_response(ApiError(500, f"a fault of the server ({type(error).__name__}); its log has more"))
 
 
 def _in_words(error: RequestValidationError) -> ApiError:

@@ -19,7 +19,9 @@ from gfrnn_onnx.server.protocol import (
     Choice,
     Completion,
     CompletionRequest,
+    Given,
     Logprobs,
+    Prompt,
     Usage,
     encode,
     texts,
@@ -70,6 +72,49 @@ class States:
             self._kept.popitem(last=False)
 
 
+def read_texts(prompt: Prompt, param: str, limits: Limits, *, choices: int | None = None) -> list[Given]:
+    """A request's texts. Raises ApiError for what is none, for too many (times choices) and for too long ones."""
+    found = texts(prompt, param)
+    if len(found) * (choices or 1) > limits.max_sequences:
+        times = "" if choices is None else f" with n={choices}"
+        raise ApiError(
+            400,
+            f"{len(found)} texts{times} are more than {limits.max_sequences} sequences",
+            param=param if choices is None else "n",
+        )
+    longest = max(len(given.symbols) for given in found)
+    if longest > limits.max_prompt_bytes:
+        raise ApiError(
+            400,
+            f"a {param} of {longest} bytes is longer than {limits.max_prompt_bytes}",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return found
+
+
+def submit(engine: Engine, jobs: list[Job], limits: Limits) -> None:
+    """Queues a request's jobs. Raises ApiError if too many wait already."""
+    try:
+        engine.submit(jobs)
+    except Busy:
+        raise ApiError(
+            429,
+            f"more than {limits.max_waiting} sequences wait already; try again",
+            code="too_many_requests",
+            retry=1,
+        ) from None
+
+
+def check_ends(jobs: list[Job]) -> None:
+    """Raises ApiError if work on one of them was given up."""
+    reasons = {job.finish_reason for job in jobs}
+    if "failed" in reasons:
+        raise ApiError(500, "the server's stepping thread failed; its log says why")
+    if "timeout" in reasons:
+        raise ApiError(408, "the request took longer than this server allows", code="timeout")
+
+
 class Run:
     """A request at work. Raises ApiError for what cannot be asked."""
 
@@ -86,21 +131,9 @@ class Run:
         _refuse_unsupported(request)
         if request.gates and not engine.step.has_gates:
             raise ApiError(400, "this model has no output for its gates: export it with --gates", param="gates")
-        prompts = texts("" if request.prompt is None else request.prompt, "prompt")
         n = request.n or 1
+        prompts = read_texts("" if request.prompt is None else request.prompt, "prompt", limits, choices=n)
         max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-        if len(prompts) * n > limits.max_sequences:
-            raise ApiError(
-                400, f"{len(prompts)} prompts with n={n} are more than {limits.max_sequences} sequences", param="n"
-            )
-        longest = max(len(prompt.symbols) for prompt in prompts)
-        if longest > limits.max_prompt_bytes:
-            raise ApiError(
-                400,
-                f"a prompt of {longest} bytes is longer than {limits.max_prompt_bytes}",
-                param="prompt",
-                code="context_length_exceeded",
-            )
         if max_tokens > limits.max_tokens:
             raise ApiError(400, f"max_tokens is {max_tokens}; at most {limits.max_tokens}", param="max_tokens")
         self.stops = _stops(request)
@@ -133,15 +166,7 @@ class Run:
             for k in range(n)
         ]
         self.marked = [prompt.marked for prompt in prompts for _ in range(n)]
-        try:
-            engine.submit(self.jobs)
-        except Busy:
-            raise ApiError(
-                429,
-                f"more than {limits.max_waiting} sequences wait already; try again",
-                code="too_many_requests",
-                retry=1,
-            ) from None
+        submit(engine, self.jobs, limits)
 
     def cancel(self) -> None:
         """Ends what is not done."""
@@ -150,7 +175,7 @@ class Run:
     async def whole(self) -> Completion:
         """The answer, when it is there. Raises ApiError if the work was given up."""
         await finished(self.jobs)
-        self._check()
+        check_ends(self.jobs)
         choices = []
         for index, job in enumerate(self.jobs):
             text = decode((job.prompt if self.request.echo else b"") + bytes(job.text))
@@ -187,7 +212,7 @@ class Run:
             if events:
                 yield "".join(events)
         try:
-            self._check()
+            check_ends(self.jobs)
         except ApiError as error:
             yield f"data: {json.dumps(error.body())}\n\n"
             return
@@ -207,13 +232,6 @@ class Run:
         if usage is not None:
             values["usage"] = usage.model_dump()
         return f"data: {json.dumps(values)}\n\n"
-
-    def _check(self) -> None:
-        reasons = {job.finish_reason for job in self.jobs}
-        if "failed" in reasons:
-            raise ApiError(500, "the server's stepping thread failed; its log says why")
-        if "timeout" in reasons:
-            raise ApiError(408, "the request took longer than this server allows", code="timeout")
 
     def _usage(self) -> Usage:
         n = self.request.n or 1
@@ -267,10 +285,9 @@ class _Shown:
         ready = len(text) if done else len(text) - held_back(written, run.stops)
         part = text[self.bytes : ready]
         new = self.characters.add(part, final=done)
-        if not new and not done:
-            self.bytes = ready
-            return None
         self.bytes = ready
+        if not new and not done:
+            return None
         choice: dict[str, Any] = {
             "index": self.index,
             "text": new,
@@ -279,8 +296,7 @@ class _Shown:
         }
         if job.top is not None:
             # tokens of the characters shown: a byte of one that is not whole waits with it
-            whole = ready if done else ready - self._unfinished(text[:ready])
-            end = max(self.tokens, min(len(job.tokens), whole))
+            end = max(self.tokens, min(len(job.tokens), ready - self.characters.unfinished))
             logprobs = run._logprobs(self.index, self.tokens, end, self.count) if end > self.tokens or done else None
             if logprobs is not None:
                 choice["logprobs"] = logprobs.model_dump()
@@ -291,17 +307,6 @@ class _Shown:
         if done and job.state is not None:
             choice["state"] = run.states.keep(job.state)
         return choice
-
-    def _unfinished(self, text: bytes) -> int:
-        """Bytes at the end that are part of a character which is not whole."""
-        for count in range(1, min(4, len(text)) + 1):
-            if text[-count] & 0xC0 != 0x80:  # a character begins here
-                try:
-                    text[-count:].decode()
-                except UnicodeDecodeError as error:
-                    return count if error.reason == "unexpected end of data" else 0
-                return 0
-        return 0
 
 
 def _visible(job: Job) -> int:

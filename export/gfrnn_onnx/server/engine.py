@@ -22,13 +22,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gfrnn_onnx.names import GATES, LOGITS
+from gfrnn_onnx.names import GATES, LOGITS, NEWLINE
 from gfrnn_onnx.runner import Rows, Step
-from gfrnn_onnx.sampling import Sampling, draw, log_probabilities
+from gfrnn_onnx.sampling import Sampling, draw, log_probabilities, stop_length
 from gfrnn_onnx.server.metrics import Metrics
 from gfrnn_onnx.server.prefixes import Parts, Prefixes, common_length
 
-NEWLINE = b"\n"  # that every text starts after
+_START = bytes([NEWLINE])
 _WORTH_WAITING = 16  # symbols of a common beginning
 _BLOCK = 512  # symbols between states that are kept of a prompt
 
@@ -91,7 +91,7 @@ class Job:
     """Symbols of the prompt that need not be read again."""
 
     def __post_init__(self) -> None:
-        before = self.start or Snapshot(None, NEWLINE)
+        before = self.start or Snapshot(None, _START)
         self.symbols = before.pending + self.prompt
         self.position = 0  # symbols read
         self.parts = before.parts
@@ -251,7 +251,8 @@ class Engine:
             if job.position < len(job.symbols):
                 symbols[row] = job.symbols[job.position]
                 reading += 1
-                worth_keeping = job.position % _BLOCK == 0 or job.position == len(job.symbols) - 1
+                at_mark = job.position % _BLOCK == 0 or job.position == len(job.symbols) - 1
+                worth_keeping = at_mark and job.start is None
             else:
                 drawing.append(row)
                 worth_keeping = False
@@ -310,8 +311,7 @@ class Engine:
         job = self.running[row]
         due = [follower for length, follower in job.followers if length == job.position]
         parts = self.rows.get(row)
-        if job.start is None:
-            self.prefixes.keep(job.symbols[: job.position], parts)
+        self.prefixes.keep(job.symbols[: job.position], parts)
         if due:
             job.followers = [pair for pair in job.followers if pair[1] not in due]
             with self._lock:
@@ -329,7 +329,7 @@ class Engine:
                 read = job.symbols + bytes(job.text)
                 job.state = Snapshot(self.rows.get(row), read[job.position :])
         if reason == "stop":
-            del job.text[_stop_at(job) :]
+            del job.text[len(job.text) - stop_length(job.text, job.stops) :]
         return self._ended(job, reason)
 
     def _ended(self, job: Job, reason: str) -> Job:
@@ -373,14 +373,9 @@ def _wake(jobs: list[Job]) -> None:
 
 def _reason(job: Job) -> str | None:
     """Why a job ends with its last symbol, if it does."""
-    if job.stops and any(job.text.endswith(stop) for stop in job.stops):
+    if stop_length(job.text, job.stops):
         return "stop"
     return "length" if len(job.text) >= job.max_tokens else None
-
-
-def _stop_at(job: Job) -> int:
-    """Where in a job's text the stop begins that it ends with: the longest of several."""
-    return len(job.text) - max(len(stop) for stop in job.stops if job.text.endswith(stop))
 
 
 def _most_likely(said_V: npt.NDArray[np.float64], count: int) -> list[tuple[int, float]]:

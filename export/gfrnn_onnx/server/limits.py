@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 from gfrnn_onnx.server.metrics import Metrics
 from gfrnn_onnx.server.protocol import ApiError
@@ -22,6 +23,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+GONE = 499
+"""nginx's number for a client that went away before its answer: no one reads it."""
 _OPEN = ("/", "/healthz", "/metrics")  # to anyone, key or not
 
 
@@ -74,16 +77,16 @@ class Gate:
 
         try:
             self._check_head(scope)
-            await self.app(scope, self._limited(scope, receive), counting)
+            await self.app(scope, self._limited(receive), counting)
         except ApiError as error:
             if status:  # it has begun to answer
                 raise
             if error.status == 413:
                 await self._drain(receive)
-            await respond(error, counting)
+            await error_response(error)(scope, receive, counting)
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path, str(status or 499)).inc()  # 499: the client went away first
+            self.metrics.requests.labels(path, str(status or GONE)).inc()
             self.metrics.request_seconds.observe(time.perf_counter() - begin)
 
     def _check_head(self, scope: MutableMapping[str, Any]) -> None:
@@ -112,7 +115,7 @@ class Gate:
                     if message["type"] != "http.request" or not message.get("more_body", False):
                         return
 
-    def _limited(self, scope: MutableMapping[str, Any], receive: Receive) -> Receive:
+    def _limited(self, receive: Receive) -> Receive:
         size, more = 0, True
         until = asyncio.get_running_loop().time() + self.limits.body_seconds
 
@@ -139,15 +142,13 @@ class Gate:
         return limited
 
 
-async def respond(error: ApiError, send: Send) -> None:
-    """Answers with an error body."""
-    body = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+def error_response(error: ApiError) -> JSONResponse:
+    """The answer that an error is."""
+    headers = {}
     if error.retry_after is not None:
-        headers.append((b"retry-after", str(error.retry_after).encode()))
+        headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+        headers["www-authenticate"] = "Bearer"
     if error.status in (408, 413):
-        headers.append((b"connection", b"close"))  # the rest of the body is not waited for
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+        headers["connection"] = "close"  # the rest of the body is not waited for
+    return JSONResponse(error.body(), error.status, headers=headers)

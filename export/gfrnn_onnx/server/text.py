@@ -29,15 +29,19 @@ class Characters:
         """Characters that are complete; final: what is left of one, too."""
         return self._decoder.decode(text, final)
 
+    @property
+    def unfinished(self) -> int:
+        """Bytes of a character that is not whole yet."""
+        return len(self._decoder.getstate()[0])
+
 
 def offsets(symbols: Iterable[int]) -> list[int]:
     """Of each byte, the number of characters before the one that it is part of."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    characters = Characters()
     found, count = [], 0
     for symbol in symbols:
-        count += len(decoder.decode(bytes([symbol])))
-        unfinished = bool(decoder.getstate()[0])
-        found.append(count if unfinished else count - 1)
+        count += len(characters.add(bytes([symbol])))
+        found.append(count if characters.unfinished else count - 1)
     return found
 
 
