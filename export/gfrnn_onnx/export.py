@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gfrnn.cli import parse, run, say
+from gfrnn.cli import check_writable, parse, run, say
 from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, Settings, UserError
 from gfrnn_onnx.names import DECODER, ENCODER, Kind, Metadata
 from gfrnn_onnx.precision import MEANING, Precision
@@ -107,9 +107,10 @@ def _validate(settings: ExportSettings, trained: Settings) -> Path:
         raise UserError(f"--output {output}: a model of programs is a folder of two files, and there a file is")
     if not programs and output.is_dir():
         raise UserError(f"--output {output}: is a folder; give the name of a file")
-    for flag, path in (("--output", output), ("--json", settings.json)):
-        if path is not None and not (path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)):
-            raise UserError(f"{flag} {path}: cannot be written: give a name in a folder that exists")
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: cannot be written: give a name in a folder that exists")
+    if settings.json is not None:
+        check_writable("--json", settings.json)
     return output
 
 

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar, cast
 
 from gfrnn.config import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, RunFailed, UserError
@@ -168,6 +169,13 @@ def _mend_streams() -> None:
             setattr(sys, name, _Unfailing(stream.buffer, stream.encoding, errors, line_buffering=True))
         else:
             stream.reconfigure(errors=errors)
+
+
+def check_writable(flag: str, file: Path) -> None:
+    """Raises UserError if there can be no such file, before the work whose results it is for."""
+    path = file.resolve()
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {file}: cannot be written: give a file in a folder that exists")
 
 
 def rank() -> int:

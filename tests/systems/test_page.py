@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
-
-sys.path.append(str(Path(__file__).parents[1] / "export"))
-
 from exported import SMALL, language_model, save_step
+from playwright.sync_api import Browser, Page, sync_playwright
 from serving import Server, serving
 
 

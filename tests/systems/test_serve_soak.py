@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import random
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
-
-sys.path.append(str(Path(__file__).parents[1] / "export"))
-
 from exported import language_model, save_step
 from serving import Server, serving
 

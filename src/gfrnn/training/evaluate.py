@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gfrnn.cli import parse, run, say
+from gfrnn.cli import check_writable, parse, run, say
 from gfrnn.config import Settings, UserError
 
 if TYPE_CHECKING:
@@ -133,13 +132,7 @@ def _validate(settings: EvaluateSettings) -> None:
         raise UserError("--corpus-file has no effect beside --text-file: leave one of them out")
     for flag, file in (("--json", settings.json), ("--csv", settings.csv), ("--heat-map", settings.heat_map)):
         if file is not None:
-            path = file.resolve()
-            if (
-                not path.parent.is_dir()
-                or (path.exists() and not path.is_file())
-                or not os.access(path.parent, os.W_OK)
-            ):
-                raise UserError(f"{flag} {file}: cannot be written: give a file in a folder that exists")
+            check_writable(flag, file)
     files = [file.resolve() for file in (settings.json, settings.csv, settings.heat_map) if file is not None]
     if len(set(files)) < len(files):
         raise UserError("--json, --csv and --heat-map name one file twice: give each its own")
