@@ -105,3 +105,7 @@ def serving(model: Path, *flags: str, **variables: str) -> Iterator[Server]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
+
+
+def as_text(symbols: bytes) -> str:
+    return symbols.decode(errors="replace")

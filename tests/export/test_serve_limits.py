@@ -1,0 +1,273 @@
+"""What the server refuses, and how it starts and ends: limits, a key, hostile input, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+from exported import encoder_decoder, language_model, save_programs, save_step
+from serving import Server, as_text, serving
+
+from gfrnn_onnx import Session
+from launch import BIN, ROOT, environment
+
+
+def test_limits_have_clear_answers(model: Path) -> None:
+    flags = "--max-prompt-bytes 50 --max-tokens 2000 --max-sequences 4 --max-body-bytes 5000 --rows 1 --max-waiting 1"
+    with serving(model, *flags.split(), "--body-seconds", "0.7", "--request-seconds", "1.5") as small:
+        for body, status, message in (
+            ({"prompt": "x" * 51}, 400, "a prompt of 51 bytes is longer than 50"),
+            ({"prompt": "x", "max_tokens": 2001}, 400, "max_tokens is 2001; at most 2000"),
+            ({"prompt": ["x"] * 5}, 400, "more than 4 sequences"),
+            ({"prompt": "x" * 6000}, 413, "larger than 5000 bytes"),
+        ):
+            found, error = small.post("/v1/completions", body)
+            assert (found, message in error["error"]["message"]) == (status, True), error
+        status, error = small.post("/v1/score", {"text": "x" * 51})
+        assert (status, error["error"]["param"]) == (400, "text")
+
+        # one has the row, one waits, the third is told to come again; OpenAI's client does
+        busy = [small.open({"prompt": "x", "max_tokens": 2000}) for _ in range(2)]
+        time.sleep(0.2)
+        status, error = small.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+        if status == 200:  # they were quicker than we
+            pytest.fail("the rows were free already")
+        assert (status, error["error"]["type"]) == (429, "rate_limit_error")
+        patient = openai.OpenAI(base_url=f"{small.url}/v1", api_key="any", max_retries=8)
+        assert patient.completions.create(model="small", prompt="x", max_tokens=1).usage.completion_tokens == 1
+        for connection in busy:
+            connection.close()
+        small.wait_until_idle()
+
+        # a body that does not come
+        with socket.create_connection(("127.0.0.1", small.port)) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+        # one that says no length and does not end
+        with socket.create_connection(("127.0.0.1", small.port)) as endless:
+            endless.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            answer = b""
+            try:
+                for _ in range(100):
+                    endless.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+                answer = endless.recv(1000)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            assert answer.startswith(b"HTTP/1.1 413 ") or not answer
+
+
+def test_a_request_that_takes_too_long(tmp_path: Path) -> None:
+    big = save_step(language_model(), tmp_path / "m.onnx")
+    with serving(big, "--request-seconds", "0.3", "--max-tokens", "1000000") as hasty:
+        status, error = hasty.post("/v1/completions", {"prompt": "x", "max_tokens": 1000000})
+        assert (status, error["error"]["code"]) == (408, "timeout")
+        status, text = hasty.post("/v1/completions", {"prompt": "x", "max_tokens": 1000000, "stream": True})
+        assert status == 200
+        assert json.loads(text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+        hasty.wait_until_idle()
+
+
+def test_a_key(model: Path) -> None:
+    with serving(model, GFRNN_API_KEY="let-me-in") as locked:
+        assert "let-me-in" not in locked.first_line
+        for key, expected in ((None, 401), ("wrong", 401), ("let-me-in", 200)):
+            assert locked.post("/v1/completions", {"prompt": "x"}, key=key)[0] == expected
+            assert locked.ask("/v1/models", key=key)[0] == expected
+        with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+            openai.OpenAI(base_url=f"{locked.url}/v1", api_key="x").models.list()
+        assert locked.ask("/healthz")[0] == 200
+
+
+def test_sigterm_finishes_what_runs(model: Path, session: Session) -> None:
+    with serving(model) as stopping:
+        expected = as_text(session.generate(b"last", 3000, seed=8))
+        with ThreadPoolExecutor(1) as pool:
+            last = pool.submit(stopping.complete, prompt="last", max_tokens=3000, seed=8)
+            while stopping.ask("/healthz")[1]["rows_in_use"] == 0:
+                pass
+            stopping.process.send_signal(signal.SIGTERM)
+            assert last.result()["choices"][0]["text"] == expected
+        assert stopping.process.wait(20) == 0
+        assert "stopped" in stopping.process.stderr.read()
+
+
+def test_a_second_signal_ends_at_once(model: Path) -> None:
+    with serving(model) as stopping:
+        connection = stopping.open({"prompt": "x", "max_tokens": 16000, "n": 50})
+        time.sleep(0.3)
+        stopping.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert stopping.process.poll() is None
+        stopping.process.send_signal(signal.SIGTERM)
+        assert stopping.process.wait(5) == 128 + signal.SIGTERM
+        connection.close()
+
+
+HOSTILE: dict[str, bytes] = {
+    "nothing": b"",
+    "no JSON": b"{{{",
+    "half of it": b'{"prompt": "x',
+    "no object": b"[1, 2]",
+    "not UTF-8": b'{"prompt": "\xff\xfe"}',
+    "half a surrogate pair": b'{"prompt": "\\ud800"}',
+    "half a pair as a name": b'{"\\ud800": 1}',
+    "half a pair as the model": b'{"model": "\\udfff", "prompt": "x"}',
+    "half a pair as the state": b'{"state": "\\udfff", "prompt": "x"}',
+    "half a pair as a stop": b'{"prompt": "x", "stop": "\\ud800"}',
+    "deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "NaN": b'{"prompt": "x", "temperature": NaN}',
+    "infinity": b'{"prompt": "x", "temperature": Infinity}',
+    "a huge number": b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
+    "a huge float": b'{"prompt": "x", "max_tokens": 1e999}',
+    "a negative count": b'{"prompt": "x", "max_tokens": -1}',
+    "a fraction": b'{"prompt": "x", "max_tokens": 1.5}',
+    "true as a number": b'{"prompt": "x", "max_tokens": true}',
+    "a text as a number": b'{"prompt": "x", "max_tokens": "5"}',
+    "n of 0": b'{"prompt": "x", "n": 0}',
+    "an id too large": b'{"prompt": [1, 257]}',
+    "a start in the middle": b'{"prompt": [1, 256]}',
+    "a negative id": b'{"prompt": [-1]}',
+    "a mixture": b'{"prompt": ["a", 1]}',
+    "no prompt at all": b'{"prompt": []}',
+    "an object as prompt": b'{"prompt": {"a": 1}}',
+    "an empty stop": b'{"prompt": "x", "stop": ""}',
+    "many stops": json.dumps({"prompt": "x", "stop": [*"abcdefghijklmnopq"]}).encode(),
+    "too many logprobs": b'{"prompt": "x", "logprobs": 300}',
+    "unknown field": b'{"prompt": "x", "prompts": "y"}',
+    "seed of a float": b'{"prompt": "x", "seed": 0.5}',
+    "top_p of 0": b'{"prompt": "x", "top_p": 0}',
+    "10 MB": b'{"prompt": "' + b"x" * 10_000_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_input(case: str, server: Server) -> None:
+    status, error = server.post("/v1/completions", HOSTILE[case])
+    assert 400 <= status < 500, error
+    assert set(error) == {"error"}
+    assert set(error["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(error["error"]["message"], str)
+    assert len(error["error"]["message"]) < 1000
+    assert server.complete(prompt="x", max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("body", [b"300", b'"\\ud800"', b"[300]", b"null"])
+def test_a_list_of_mistakes_costs_no_more_than_one(body: bytes, server: Server) -> None:
+    before = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    begin = time.monotonic()
+    for name in (b"prompt", b"stop"):
+        status, error = server.post(
+            "/v1/completions", b'{"%s": [%s]}' % (name, b",".join([body] * (900_000 // len(body) // 2)))
+        )
+        assert status == 400, error
+    assert time.monotonic() - begin < 5
+    after = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    assert (int(after) - int(before)) * os.sysconf("SC_PAGE_SIZE") < 200 << 20
+
+
+def test_other_paths_have_error_bodies_too(server: Server) -> None:
+    for path, data, status in (
+        ("/v1/nothing", None, 404),
+        ("/v1/completions", None, 405),
+        ("/v1/models/%00", None, 404),
+    ):
+        found, error = server.ask(path, data)
+        assert (found, set(error)) == (status, {"error"})
+
+
+def test_a_thousand_connections(server: Server) -> None:
+    async def ask(k: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        try:
+            if k % 3 == 0:  # says nothing
+                await asyncio.sleep(1)
+                return b""
+            body = json.dumps({"prompt": f"{k}", "max_tokens": 4}).encode()
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            return await asyncio.wait_for(reader.readline(), 60)
+        finally:
+            writer.close()
+
+    async def all_of_them() -> list[bytes]:
+        return await asyncio.gather(*(ask(k) for k in range(1000)))
+
+    answers = asyncio.run(all_of_them())
+    statuses = {answer.split()[1] for answer in answers if answer}
+    assert statuses <= {b"200", b"429"}
+    assert b"200" in statuses
+    server.wait_until_idle()
+    assert server.complete(prompt="x", max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
+def test_threads_do_not_share_a_mistake(server: Server) -> None:
+    """Errors and successes side by side."""
+    results: list[int] = []
+
+    def ask(k: int) -> None:
+        body = {"prompt": "x", "max_tokens": 5} if k % 2 else {"prompt": "x", "max_tokens": -5}
+        results.append(server.post("/v1/completions", body)[0])
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [200] * 20 + [400] * 20
+
+
+def test_schemathesis_finds_no_fault(model: Path) -> None:
+    """What the schema allows and what it does not: never a 5xx, never an answer that the schema does not have."""
+    with serving(model, "--max-tokens", "50") as tried:
+        checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+        command = [str(BIN / "schemathesis"), "run", f"{tried.url}/openapi.json", "-c", checks, "--seed", "1"]
+        command += ["--max-examples", "40", "--no-color"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=model.parent)
+        assert done.returncode == 0, done.stdout
+        generated = re.search(r"(\d+) generated", done.stdout)
+        assert generated
+        assert int(generated[1]) > 300
+        tried.wait_until_idle()
+
+
+def refusal(*flags: str | Path) -> str:
+    command = [sys.executable, str(ROOT / "export/serve.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+def test_what_cannot_be_served_is_one_line(server: Server, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "torn.onnx").write_bytes(model.read_bytes()[:5000])
+    (tmp_path / "text.onnx").write_bytes(b"hello")
+    programs = save_programs(encoder_decoder(), tmp_path / "programs")
+    for flags, message in (
+        ([tmp_path / "none.onnx"], "is not there"),
+        ([tmp_path / "torn.onnx"], "cannot be loaded"),
+        ([programs], "only models of text are served"),
+        ([programs / "decoder.onnx"], "half of a model of programs"),
+        ([model, "--port", str(server.port)], f"cannot listen at 127.0.0.1:{server.port}"),
+        ([model, "--rows", "0"], "--rows is 0; it must be from 1"),
+        ([model, "--provider", "cuda"], "CUDA cannot be used here"),
+        ([model, "--prot", "1"], "did you mean --port"),
+    ):
+        assert message in refusal(*flags)
+
+
+def test_the_server_needs_no_torch(server: Server) -> None:
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "onnxruntime" in maps
+    assert "libtorch" not in maps
