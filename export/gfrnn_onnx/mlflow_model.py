@@ -28,6 +28,7 @@ def register(model: Path, name: str, run_dir: Path) -> list[str]:
     Of programs, both halves: NAME-encoder and NAME-decoder. Returns their addresses, models:/NAME/VERSION. Raises
     UserError if MLflow cannot be reached or does not take the name.
     """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own 7 take minutes
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow

@@ -103,6 +103,17 @@ def test_sigterm_finishes_what_runs(model: Path, session: Session) -> None:
         assert "stopped" in stopping.process.stderr.read()
 
 
+def test_who_never_reads_holds_up_no_end(tmp_path: Path) -> None:
+    big = save_step(language_model(), tmp_path / "m.onnx")
+    with serving(big, "--request-seconds", "2", "--max-tokens", "1000000") as stopping:
+        deaf = stopping.open({"prompt": "x", "max_tokens": 1000000, "logprobs": 0, "stream": True})
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        time.sleep(1)
+        stopping.process.send_signal(signal.SIGTERM)
+        assert stopping.process.wait(10) == 0
+        deaf.close()
+
+
 def test_a_second_signal_ends_at_once(model: Path) -> None:
     with serving(model) as stopping:
         connection = stopping.open({"prompt": "x", "max_tokens": 16000, "n": 50})
@@ -144,6 +155,9 @@ HOSTILE: dict[str, bytes] = {
     "an object as prompt": b'{"prompt": {"a": 1}}',
     "an empty stop": b'{"prompt": "x", "stop": ""}',
     "many stops": json.dumps({"prompt": "x", "stop": [*"abcdefghijklmnopq"]}).encode(),
+    "a long stop": json.dumps({"prompt": "x", "stop": "x" * 1025}).encode(),
+    "a long unknown name": b'{"prompt": "x", "%s": 1}' % (b"x" * 100_000),
+    "logprobs of too much": json.dumps({"prompt": "x", "logprobs": 20, "max_tokens": 16384, "n": 6}).encode(),
     "too many logprobs": b'{"prompt": "x", "logprobs": 300}',
     "unknown field": b'{"prompt": "x", "prompts": "y"}',
     "seed of a float": b'{"prompt": "x", "seed": 0.5}',
@@ -175,6 +189,21 @@ def test_a_list_of_mistakes_costs_no_more_than_one(body: bytes, server: Server) 
     assert time.monotonic() - begin < 5
     after = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
     assert (int(after) - int(before)) * os.sysconf("SC_PAGE_SIZE") < 200 << 20
+
+
+def test_a_name_that_is_unknown_is_the_only_one_read(server: Server) -> None:
+    begin = time.monotonic()
+    status, error = server.post("/v1/completions", {f"field {k}": 1 for k in range(50_000)})
+    assert (status, error["error"]["message"]) == (400, "Unrecognized request argument supplied: field 0")
+    assert time.monotonic() - begin < 1
+
+
+def test_a_report_on_too_much(model: Path) -> None:
+    with serving(model, "--max-values", "100") as small:
+        assert small.post("/v1/score", {"text": "x" * 50})[0] == 200
+        status, error = small.post("/v1/score", {"text": ["x" * 50, "y"]})
+        assert (status, error["error"]["param"]) == (400, "text")
+        assert small.post("/v1/completions", {"prompt": "x", "max_tokens": 1000})[0] == 200  # reports on none
 
 
 def test_other_paths_have_error_bodies_too(server: Server) -> None:

@@ -16,13 +16,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from gfrnn_onnx.runner import Step
-from gfrnn_onnx.server.completions import Run, States, check_ends, read_texts, submit
+from gfrnn_onnx.server.completions import Run, States, check_ends, check_values, read_texts, submit
 from gfrnn_onnx.server.engine import Engine, Job, finished
 from gfrnn_onnx.server.limits import GONE, Gate, Limits, error_response
 from gfrnn_onnx.server.metrics import Metrics
 from gfrnn_onnx.server.protocol import (
     START,
     START_TEXT,
+    UNKNOWN,
     ApiError,
     Completion,
     CompletionRequest,
@@ -170,6 +171,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         service.check()
         limits = service.limits
         pieces = [given.symbols for given in read_texts(body.text, "text", limits)]
+        check_values(sum(map(len, pieces)), 0, "text", limits)
         deadline = time.monotonic() + limits.request_seconds
         changed = asyncio.Event()
         jobs = [Job(piece, 0, top=0, prompt_tokens=True, deadline=deadline, changed=changed) for piece in pieces]
@@ -288,8 +290,9 @@ def _in_words(error: RequestValidationError) -> ApiError:
     worst = max(found, key=lambda each: len(each["loc"]))
     place = [str(part) for part in worst["loc"] if part != "body"]
     param = place[0] if place else None
-    if worst["type"] == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument supplied: {place[-1]}", param=param)
+    if worst["type"] == UNKNOWN:
+        name = worst["ctx"]["name"]
+        return ApiError(400, f"{worst['msg']}: {name}", param=param or name)
     if worst["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {worst.get('ctx', {}).get('error', '')}")
     return ApiError(400, f"{'.'.join(place) or 'the body'}: {worst['msg']}", param=param)

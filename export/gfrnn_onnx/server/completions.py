@@ -29,7 +29,7 @@ from gfrnn_onnx.server.protocol import (
 from gfrnn_onnx.server.text import Characters, decode, held_back, name, offsets
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-_MOST_STOPS = 16
+_MOST_STOPS, _LONGEST_STOP = 16, 1024
 
 
 class States:
@@ -91,6 +91,17 @@ def read_texts(prompt: Prompt, param: str, limits: Limits, *, choices: int | Non
             code="context_length_exceeded",
         )
     return found
+
+
+def check_values(tokens: int, each: int, param: str, limits: Limits) -> None:
+    """Raises ApiError for a report on so many tokens, with so many numbers each, that its memory would be felt."""
+    if tokens * (each + 2) > limits.max_values:
+        raise ApiError(
+            400,
+            f"a report on {tokens} bytes, with {each + 2} values each, is more than {limits.max_values} values: "
+            "ask for less at once",
+            param=param,
+        )
 
 
 def submit(engine: Engine, jobs: list[Job], limits: Limits) -> None:
@@ -165,6 +176,10 @@ class Run:
             for prompt in prompts
             for k in range(n)
         ]
+        if request.logprobs is not None or request.gates:
+            told = sum(max_tokens + len(job.prompt) * job.prompt_tokens for job in self.jobs)
+            each = (request.logprobs or 0) + engine.step.shape[0] ** 2 * bool(request.gates)
+            check_values(told, each, "logprobs" if request.logprobs is not None else "gates", limits)
         self.marked = [prompt.marked for prompt in prompts for _ in range(n)]
         submit(engine, self.jobs, limits)
 
@@ -335,7 +350,10 @@ def _stops(request: CompletionRequest) -> list[bytes]:
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > _MOST_STOPS:
         raise ApiError(400, f"stop has {len(stops)} texts; at most {_MOST_STOPS}", param="stop")
-    return [encode(stop, "stop") for stop in stops]
+    found = [encode(stop, "stop") for stop in stops]
+    if any(len(stop) > _LONGEST_STOP for stop in found):
+        raise ApiError(400, f"stop has a text of more than {_LONGEST_STOP} bytes", param="stop")
+    return found
 
 
 def _refuse_unsupported(request: CompletionRequest) -> None:

@@ -121,7 +121,7 @@ class Engine:
         self._followers = 0
         self._cancelled: set[Job] = set()
         self._lock = threading.Condition()
-        self._closing = False
+        self._closing = self._over = False
         self._thread = threading.Thread(target=self._work, name="steps", daemon=True)
 
     def start(self) -> None:
@@ -140,8 +140,11 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs, all or none. Raises Busy if too many would wait."""
+        """Queues jobs, all or none. Raises Busy if too many would wait. In the event loop of `start`."""
         with self._lock:
+            if self._over:
+                _wake([self._ended(job, "failed") for job in jobs])
+                return
             room = self.max_waiting + self.capacity - len(self.running) - self.waiting
             if len(jobs) > room:
                 raise Busy
@@ -179,6 +182,7 @@ class Engine:
         except Exception:
             log.exception("the stepping thread failed")
         with self._lock:
+            self._over = True
             left = [*self.running, *self._queue]
             left += [follower for job in left for _, follower in job.followers]
             self.running, self._queue = [], deque()

@@ -42,6 +42,8 @@ class Limits:
     """Bytes that one completion may have."""
     max_sequences: int = 128
     """Prompts times choices of one request."""
+    max_values: int = 1 << 21
+    """That a request may ask for: of each byte that is reported on its logprobs, its gates and two more; 100 B each."""
     max_body_bytes: int = 4 << 20
     """Of a request."""
     body_seconds: float = 30.0
@@ -151,4 +153,6 @@ def error_response(error: ApiError) -> JSONResponse:
         headers["www-authenticate"] = "Bearer"
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not waited for
+    if error.status == 408:
+        headers["x-should-retry"] = "false"  # to OpenAI's client, which would ask again what takes too long
     return JSONResponse(error.body(), error.status, headers=headers)

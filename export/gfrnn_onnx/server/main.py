@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -73,7 +74,13 @@ def _main() -> None:
     key = settings.api_key or os.environ.get("GFRNN_API_KEY") or None
     app = make_app(service, key)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="on", backlog=2048, server_header=False
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        backlog=2048,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.limits.request_seconds),  # a client may never read its answer
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     server = _server(config, service)
@@ -126,6 +133,7 @@ def _validate(settings: ServeSettings) -> None:
         ("max_prompt_bytes", 1, 1 << 30),
         ("max_tokens", 1, 1 << 30),
         ("max_sequences", 1, 10**6),
+        ("max_values", 2, 1 << 31),
         ("max_body_bytes", 1, 1 << 31),
         ("body_seconds", 0.001, 86400),
         ("request_seconds", 0.001, 864000),

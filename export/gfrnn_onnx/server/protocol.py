@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
+
+_LONGEST_MESSAGE = 500  # characters of an error: what a client sent may be part of it
 
 START, START_TEXT = 256, "<|endoftext|>"
 """What may stand before a text given as ids, for clients that want something there: every text starts so anyway."""
+
+UNKNOWN = "unknown_argument"
+"""Type of the error for a field that there is not; its context has the `name`."""
 
 Id = Annotated[StrictInt, Field(ge=0, le=START)]
 # lists stop at their first mistake: an error for each of a million elements would be gigabytes
@@ -21,6 +27,11 @@ Prompt = (
 )
 Stop = Annotated[StrictStr, Field(min_length=1)]
 Number = StrictFloat | StrictInt
+
+
+def readable(text: str) -> str:
+    """Text that can be encoded: a client may send half a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class ApiError(HTTPException):
@@ -38,8 +49,9 @@ class ApiError(HTTPException):
         """The error body."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        # a lone surrogate in what a client sent would not encode
-        message = self.detail.encode("utf-8", "backslashreplace").decode()
+        message = readable(self.detail)
+        if len(message) > _LONGEST_MESSAGE:
+            message = message[:_LONGEST_MESSAGE] + "..."
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -60,6 +72,17 @@ class ErrorBody(BaseModel):
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        """Stops at the first unknown field: an error for each of a million would be gigabytes."""
+        unknown = (
+            next((name for name in values if name not in cls.model_fields), None) if isinstance(values, dict) else None
+        )
+        if unknown is not None:
+            raise PydanticCustomError(UNKNOWN, "Unrecognized request argument supplied", {"name": readable(unknown)})
+        return values
 
 
 class StreamOptions(_Request):
