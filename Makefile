@@ -43,10 +43,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# What needs root and Debian packages: real file systems that fill up, slow links, a browser; and a long soak.
+# What needs root and Debian packages: real file systems that fill up, slow links, a browser, an older CPU, a cluster
+# under SLURM; and a long soak.
+SYSTEMS := chromium qemu-x86_64 slurmctld slurmd srun munged shellcheck ip
+PACKAGES := chromium qemu-user slurmctld slurmd slurm-client munge shellcheck iproute2
+
 test-systems: $(READY)
-	command -v chromium >/dev/null || { apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+	for program in $(SYSTEMS); do command -v $$program >/dev/null || missing=1; done; [ -z "$$missing" ] || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; }
 	$(BIN)/pytest tests/systems
 
 clean:

@@ -4,8 +4,10 @@ fp32   MatMul.
 fp16   operands in half precision, the result in fp32. Half the file. A speed for CUDA; a CPU computes it in fp32.
 bf16   weights kept in bfloat16 and widened when the model is loaded. Half the file, fp32's range, and fp32's speed:
        CPUs have no such product in ONNX Runtime.
-int8   weights 8 bits with one scale a column; activations 8 bits, with the scale 1/127 where they are states, else one
-       a row: so a row's result does not depend on the rows beside it, as it does by DynamicQuantizeLinear.
+int8   weights 8 bits with one scale a column, of which they use -64 to 64: two products with activations then fit 16
+       bits, in which CPUs without VNNI add them, so that every CPU computes the same; activations 8 bits, with the
+       scale 1/127 where they are states, else one a row: so a row's result does not depend on the rows beside it, as
+       it does by DynamicQuantizeLinear.
 int4   weights 4 bits with one scale for each block of a column (MatMulNBits); activations in 8 bits inside it.
 
 Tables that symbols are looked up in keep 16 bits where products have that or less.
@@ -32,6 +34,7 @@ MICROSOFT = "com.microsoft"
 Array = npt.NDArray[np.float32]
 _LARGEST_BLOCK = 128
 _ZERO = 128  # what 0 is in unsigned 8 bits
+_LARGEST_WEIGHT = 64  # in 8 bits: 2 x 255 x 64 < 2^15, where x86's VPMADDUBSW saturates
 _FLOAT, _FLOAT16 = int(ir.DataType.FLOAT), int(ir.DataType.FLOAT16)
 _NARROW = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -135,8 +138,8 @@ class Products:
 
 
 def quantize_columns(weight_KN: Array) -> tuple[npt.NDArray[np.int8], Array]:
-    """A weight as 8 bits [K, N] times a scale [N]."""
-    scale_N = np.maximum(np.abs(weight_KN).max(0), 1e-30) / np.float32(127)
+    """A weight as 8 bits [K, N], -64 to 64, times a scale [N]."""
+    scale_N = np.maximum(np.abs(weight_KN).max(0), 1e-30) / np.float32(_LARGEST_WEIGHT)
     return np.rint(weight_KN / scale_N).astype(np.int8), scale_N.astype(np.float32)
 
 

@@ -195,4 +195,4 @@ def test_int8_of_rows_of_very_different_size(tmp_path: Path) -> None:
     h_BLH = np.random.default_rng(0).uniform(-1, 1, (3, 3, 64)).astype(np.float32) * np.array([[[1]], [[1e-3]], [[0]]])
     logits, _ = step(np.array([1, 2, 3]), State.of(h_BLH))
     expected, _ = exact(np.array([1, 2, 3]), State.of(h_BLH))
-    assert np.abs(logits - expected).max(axis=1) == pytest.approx([0, 0, 0], abs=0.1)
+    assert np.abs(logits - expected).max(axis=1) == pytest.approx([0, 0, 0], abs=0.2)

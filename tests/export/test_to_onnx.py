@@ -84,10 +84,10 @@ def test_the_script_writes_a_model_and_says_how_good(run: Path, text_file: Path,
 def test_a_model_of_programs_is_a_folder(
     programs_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for flags in ([], ["--precision", "int8"], ["--unroll", "3"]):
+    for flags, most in (([], 1e-5), (["--precision", "int8"], 5e-3), (["--unroll", "3"], 1e-4)):
         to_onnx(monkeypatch, programs_run, "--output", tmp_path / "step", "--json", tmp_path / "f.json", *flags)
         figures = json.loads((tmp_path / "f.json").read_text())
-        assert figures["exported_bpc"] == pytest.approx(figures["trained_bpc"], abs=1e-4 if flags != [] else 1e-5)
+        assert figures["exported_bpc"] == pytest.approx(figures["trained_bpc"], abs=most)
         assert sorted(path.name for path in (tmp_path / "step").iterdir()) == ["decoder.onnx", "encoder.onnx"]
         assert Session(tmp_path / "step", "cpu").metadata.bpc["exported"] == figures["exported_bpc"]
     capsys.readouterr()
