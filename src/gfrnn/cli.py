@@ -114,8 +114,9 @@ def run(main: Callable[[], None]) -> None:
             raise
         end(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}; {_MENDS[error.errno]}", EXIT_USER)
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU that runs out of memory
-        if rank() != 0 and re.search("closed by peer|reset by peer", str(error)):
-            end("failed: another process is gone", EXIT_FAILED)
+        if is_lost_peer(error):
+            how = "gives no sign" if "imed out" in str(error) else "is gone"
+            end(f"failed: another process {how}", EXIT_FAILED)
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         reason = str(error).split("\n")[0]
@@ -125,6 +126,17 @@ def run(main: Callable[[], None]) -> None:
         )
     sys.stderr.flush()
     os._exit(EXIT_FINISHED)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, or gives no sign (gloo's words and NCCL's)."""
+    return bool(
+        re.search(
+            "closed by peer|reset by peer|Connection refused|Broken pipe|Timed out waiting|Watchdog caught collective"
+            "|remote process exited|NCCL communicator was aborted",
+            str(error),
+        )
+    )
 
 
 def keep_freed_memory() -> None:

@@ -191,6 +191,8 @@ class RunSettings:
     """Passes over the training text, when max_updates is 0."""
     time_limit: float = 0.0
     """Minutes after which to checkpoint and end with status 75; 0: none."""
+    collective_timeout: float = 30.0
+    """Minutes that processes wait for one another before they give up."""
     valid_every: int = 1000
     """Updates between validations; 0: only at the end."""
     valid_bytes: int = 0
@@ -291,6 +293,7 @@ def validate(settings: Settings) -> None:
         "--learning-rate": o.learning_rate,
         "--eps": o.eps,
         "--keep-last": r.keep_last,
+        "--collective-timeout": r.collective_timeout,
         "--log-every": r.log_every,
         "--eval-streams": r.eval_streams,
     }

@@ -6,6 +6,7 @@
     DIR/checkpoints/step-00001000/   weights.safetensors averages.safetensors optimizer.safetensors state.safetensors
                                      trainer.json
     DIR/checkpoints/latest, best     the name of a checkpoint folder
+    DIR/.lock, .owner.json           who trains in it now
 
 A checkpoint is the same whatever the number of processes and the ZeRO stage: full fp32 tensors by parameter name, the
 carried state by global row. It is written beside its place, synced and renamed, and only then named in `latest`, so a
@@ -20,11 +21,13 @@ import re
 import shutil
 import subprocess
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfrnn import __version__
+from gfrnn.cli import Stopped
 from gfrnn.config import Settings, UserError
 
 if TYPE_CHECKING:
@@ -69,11 +72,17 @@ class Checkpoint:
         return self.averages if self.averages is not None else self.weights
 
 
+class TakenOver(Stopped):
+    """A newer restart of the same job writes to the run folder now: this process must not, and ends."""
+
+
 class RunFolder:
-    """One run's folder."""
+    """One run's folder. After `lock`, what writes raises TakenOver once a newer restart has taken the folder."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self._owner_path = self.path / ".owner.json"
+        self._token: str | None = None  # in .owner.json while this process owns the folder
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.summary_path = self.path / "summary.json"
@@ -127,20 +136,47 @@ class RunFolder:
     def lock(self) -> None:
         """Keeps other trainings out of this folder until this process ends, however it does; makes the folder.
 
-        One that is about to end is waited for; raises UserError for one that goes on.
+        One that is about to end is waited for; raises UserError for one that goes on. A later restart of the same job
+        (the environment's GFRNN_RESTART is JOB.N) takes the folder from an earlier one, whose processes may live on at
+        a node that the cluster has lost, and even if they stand still; raises TakenOver in the earlier one.
         """
         from filelock import FileLock, Timeout
 
+        job, _, number = os.environ.get("GFRNN_RESTART", "").partition(".")
+        claim: dict[str, Any] = {"token": uuid.uuid4().hex, "job": job, "restart": int(number or 0)}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")  # the kernel's, freed when its holder dies
-            self._lock.acquire(timeout=_SECONDS_FOR_ANOTHER_TO_END)
+            earlier = self._owner()
+            same_job = bool(job) and earlier.get("job") == job
+            if same_job and earlier["restart"] > claim["restart"]:
+                raise TakenOver(f"restart {earlier['restart']} of job {job} trains in {self.path} now")
+            if same_job:  # at once, for the earlier one to find
+                write_json(self._owner_path, claim)
+            try:
+                self._lock.acquire(timeout=_SECONDS_FOR_ANOTHER_TO_END)
+            except Timeout:
+                if not same_job:
+                    raise
+            write_json(self._owner_path, claim)
         except Timeout as error:
             raise UserError(
                 f"--output-dir {self.path} is being trained in by another process; wait for it, or give another folder"
             ) from error
         except OSError as error:
             raise UserError(f"--output-dir {self.path}: {error.strerror}; give another folder") from error
+        self._token = claim["token"]
+
+    def check_owned(self) -> None:
+        """Raises TakenOver if this process has locked the folder and a newer restart has taken it since."""
+        if self._token is not None and (owner := self._owner()).get("token", self._token) != self._token:
+            raise TakenOver(f"restart {owner['restart']} of job {owner['job']} trains in {self.path} now")
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            return _read_json(self._owner_path, "token", "job", "restart")
+        except (UserError, OSError):  # none yet, or damaged: the lock still tells
+            return {}
 
     def create(self, settings: Settings, ds_config: dict[str, Any], corpus_md5: str) -> None:
         """Makes the folder and writes config.json (again, if the run goes on under another DeepSpeed config)."""
@@ -161,12 +197,14 @@ class RunFolder:
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step` (and a torn last one): the resumed run writes them again."""
+        self.check_owned()
         if self.metrics_path.exists():
             kept = [json.dumps(values) + "\n" for values in self.read_metrics() if values["step"] <= step]
             replace_file(self.metrics_path, "".join(kept).encode())
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """One line: `values` (which have a "step") and the time of day."""
+        self.check_owned()
         with self.metrics_path.open("a") as f:
             f.write(json.dumps({**values, "time": time.time()}) + "\n")
 
@@ -181,6 +219,11 @@ class RunFolder:
             except (ValueError, LookupError, TypeError) as error:
                 raise UserError(f"{self.metrics_path}:{number}: damaged; delete that line") from error
         return found
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Says how the run ended."""
+        self.check_owned()
+        write_json(self.summary_path, summary)
 
     def read_summary(self) -> dict[str, Any] | None:
         """How the run ended; None while it has not. Raises UserError if that is damaged."""
@@ -208,6 +251,7 @@ class RunFolder:
 
     def save(self, checkpoint: Checkpoint, step: int, *, best: bool, keep_last: int) -> Path:
         """Writes a checkpoint so that a kill at any instant leaves a usable latest one; removes old ones."""
+        self.check_owned()
         target = self.checkpoints / f"step-{step:08d}"
         for stale in self.checkpoints.glob(".writing-*"):
             shutil.rmtree(stale)
@@ -224,6 +268,7 @@ class RunFolder:
             _save_tensors(writing / "state.safetensors", checkpoint.state)
             _save_trainer(writing, checkpoint)
             _sync(writing)
+            self.check_owned()  # again: writing takes its time
             if target.exists():  # a kill came between its renaming and `latest`, and the run may have gone another way
                 self._remove(target)
             writing.rename(target)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from exported import SMALL, language_model, save_step
-from launch import ROOT, environment
 
 from gfrnn_onnx.runner import Step
+from launch import ROOT, environment
 
 SYMBOLS = 7, 200, 31
 PROGRAM = f"""

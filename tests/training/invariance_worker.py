@@ -19,6 +19,7 @@ from gfrnn.runs import RunFolder
 from gfrnn.training import curriculum
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config
 from gfrnn.training.engine import init_distributed
+from gfrnn.training.heartbeat import Heartbeat
 from gfrnn.training.loop import Trainer
 
 Dtype = Literal["fp32", "bf16"]
@@ -94,7 +95,7 @@ def main() -> None:
                 shutil.copytree(source, run.checkpoints / source.name)
                 (run.checkpoints / "latest").write_text(source.name)
         dist.barrier()
-        Trainer(settings, ds_config, run, corpus, device).fit()
+        Trainer(settings, ds_config, run, corpus, device, Heartbeat()).fit()
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gfrnn.config import OptimizerSettings, UserError
+from gfrnn.training import network
 
 # Chosen before the import: DeepSpeed's own detection warns where there is no GPU, and would take Apple's.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -46,14 +47,18 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> torch.device
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    network.choose_interface()
     # The shared-memory all-reduce for CPUs is compiled at first use (71 s, a hang after a killed build); gloo does.
     vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
     try:
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
-        raise UserError(f"the processes cannot meet at {where} ({reason}); give another port, --master_port") from error
+        raise UserError(
+            f"{network.here()} cannot meet the other processes at {where} ({reason}); "
+            "give another port, --master_port, or the right interface, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from error
     return device
 
 

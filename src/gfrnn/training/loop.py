@@ -14,14 +14,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch._dynamo  # torch.optim imports it at its first use: here, so that it does not count as the run's memory
 import torch.distributed as dist
-from torch.profiler import record_function
 
 from gfrnn import cli
 from gfrnn.cli import Stopped
 from gfrnn.config import RunFailed, Settings
 from gfrnn.data import Corpus
 from gfrnn.nn import Noise, build_model
-from gfrnn.runs import RunFolder, find_checkpoint, load_checkpoint, load_weights, write_json
+from gfrnn.runs import RunFolder, find_checkpoint, load_checkpoint, load_weights
 from gfrnn.training import shards as sharding
 from gfrnn.training.checkpoint import (
     Position,
@@ -34,6 +33,7 @@ from gfrnn.training.checkpoint import (
 from gfrnn.training.ds_config import stage_of
 from gfrnn.training.engine import build_optimizer, initialize
 from gfrnn.training.flops import gemm_peak
+from gfrnn.training.heartbeat import Heartbeat
 from gfrnn.training.memory import peak_resident, resident
 from gfrnn.training.profiling import UpdateProfiler
 from gfrnn.training.progress import TrainingProgress
@@ -62,6 +62,7 @@ class Trainer:
 
     Args:
         settings, ds_config: checked and resolved. run: the folder. corpus: the task's. device: of this process.
+        heart: told where this process is.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Trainer:
         run: RunFolder,
         corpus: Corpus,
         device: torch.device,
+        heart: Heartbeat,
     ):
-        self.settings, self.run, self.device = settings, run, device
+        self.settings, self.run, self.device, self.heart = settings, run, device, heart
         self.resident_before = resident()
         self.rank, self.world_size, self.stage = dist.get_rank(), dist.get_world_size(), stage_of(ds_config)
         optimization = settings.optimization
@@ -166,21 +168,21 @@ class Trainer:
         self.engine.train()
         for micro in range(batch.accumulation):
             reading = time.perf_counter()
-            with record_function("fetch"):
+            with self.heart.phase("fetch"):
                 inputs = task.read(step, micro)
             self.position.window.overhead_seconds += time.perf_counter() - reading
             noise = Noise(self.settings.seed, step, task.micro_rows(micro))
-            with record_function("forward"):
+            with self.heart.phase("forward"):
                 loss, micro_sums, state = self.engine(*inputs, noise, divisor)
             task.keep(micro, state)
-            with record_function("backward"):
+            with self.heart.phase("backward"):
                 self.engine.backward(loss)
             del loss  # it holds the activations, and the next micro-batch makes its own
-            with record_function("optimizer"):
+            with self.heart.phase("optimizer"):
                 norm = sharding.step(self.engine)
             sums += micro_sums
         assert norm is not None  # the last micro-batch is the boundary
-        with record_function("agree"):
+        with self.heart.phase("agree"):
             done = self._agree(sums, count, norm, rate)
         self._check_finite(done)
         if self.guard.see(done.grad_norm):
@@ -188,7 +190,7 @@ class Trainer:
         if self.average is not None and step >= self.settings.optimization.average_from:
             self.average.update()
         task.see(done.figures)
-        self.position.step = step + 1
+        self.position.step = self.heart.step = step + 1
         window, characters = self.position.window, task.characters(step)
         self.position.characters += characters
         window.figures = {name: window.figures.get(name, 0.0) + mean for name, mean in done.figures.items()}
@@ -235,6 +237,7 @@ class Trainer:
         check: has the task look at it too, at updates that depend on the settings alone: not at an end, which moves.
         """
         position = self.position
+        self.heart.at("validation")
         self.plain_model.load_state_dict(best_weights(self.shards, self.average))
         figures = self.task.validate(self.plain_model)
         bpc = figures["bpc"]
@@ -313,6 +316,7 @@ class Trainer:
         position = self.position
         if self.saved_step == position.step and not best:
             return
+        self.heart.at("checkpoint")
         now = self._wall_clock()
         position.wall_clock_s, self.clock = now, time.monotonic()
         position.rate_scale, position.mean_norm = self.guard.scale, self.guard.mean
@@ -331,6 +335,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Tests the best weights, samples from them and writes the summary."""
+        self.heart.at("test")
         best = self.run.named_checkpoint("best")
         assert best is not None  # there has been a validation, and the first is the best so far
         self.plain_model.load_state_dict(load_checkpoint(best, weights_only=True).best_weights)
@@ -363,7 +368,7 @@ class Trainer:
             **figures,
         }
         if self.rank == 0:
-            write_json(self.run.summary_path, summary)
+            self.run.write_summary(summary)
         return summary
 
 

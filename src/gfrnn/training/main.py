@@ -7,10 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from gfrnn import cli
 from gfrnn.config import (
+    EXIT_STOPPED,
     PAPER_SYMBOLS,
     TASK_PRESETS,
     Settings,
@@ -24,19 +26,30 @@ from gfrnn.config import (
     validate,
     without_effect,
 )
-from gfrnn.runs import RunFolder, checkpoint_origin, find_checkpoint
+from gfrnn.runs import RunFolder, TakenOver, checkpoint_origin, find_checkpoint
 from gfrnn.training import stopping  # early: it looks who started this process
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
+from gfrnn.training.heartbeat import Heartbeat
 from gfrnn.training.memory import estimate
 
 
 def main() -> None:
     """gfrnn-train."""
     stopping.end_on_signals()
-    cli.run(_main)
+    cli.run(_recorded)
 
 
-def _main() -> None:
+def _recorded() -> None:
+    heart = Heartbeat()
+    try:
+        _main(heart)
+    except BaseException as error:
+        heart.end(error)
+        raise
+    heart.end(None)
+
+
+def _main(heart: Heartbeat) -> None:
     name = _preset_name(sys.argv[1:])
     if name == "list":
         print_presets()
@@ -67,10 +80,10 @@ def _main() -> None:
         corpus = load_corpus(settings)
         cli.say(f"{corpus.name} is ready: {corpus.prepare(settings.batch)}")
         return
-    train(settings, ds_config, run)
+    train(settings, ds_config, run, heart)
 
 
-def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None:
+def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder, heart: Heartbeat) -> None:
     """Trains, or says that the run in this folder is finished. Raises UserError, RunFailed, Stopped."""
     _share_cores()
     from gfrnn.data import load_corpus
@@ -96,7 +109,9 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
     from gfrnn.training.engine import init_distributed
     from gfrnn.training.loop import Trainer
 
-    device = init_distributed()
+    heart.at("meeting")
+    device = init_distributed(timedelta(minutes=settings.run.collective_timeout))
+    heart.at("loading")
     with on_first_process("take the run folder", device) as first:
         if first:
             run.lock()
@@ -105,9 +120,10 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
             run.create(settings, ds_config, corpus.md5)
             run.truncate_metrics(int(latest.name.removeprefix("step-")) if latest is not None else 0)
             run.summary_path.unlink(missing_ok=True)
+            heart.each_beat(lambda: _end_if_taken_over(run, heart))
     tracked = settings.run.mlflow and dist.get_rank() == 0
     tracker = Tracker.start(run.path, settings.run.experiment) if tracked else None
-    trainer = Trainer(settings, ds_config, run, corpus, device)
+    trainer = Trainer(settings, ds_config, run, corpus, device, heart)
     with trainer.stop.listening():  # until MLflow has it all: a launcher ends the rest when the first process is gone
         try:
             summary = trainer.fit()
@@ -121,6 +137,15 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder) -> None
     if dist.get_rank() == 0:
         _print_results(summary, settings, run)
     dist.barrier()  # a process that leaves early breaks the connections of the rest
+
+
+def _end_if_taken_over(run: RunFolder, heart: Heartbeat) -> None:
+    """Also where the main thread waits for processes that will never answer."""
+    try:
+        run.check_owned()
+    except TakenOver as error:
+        heart.end(error)
+        cli.end(f"stopped: {error}", EXIT_STOPPED)
 
 
 def _finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:

@@ -1,5 +1,5 @@
-"""The stop flag: Ctrl-C, SIGTERM, SIGUSR1 (SLURM's warning), SIGHUP (a terminal that closes), a time limit and a dead
-launcher raise it; the loop looks.
+"""The stop flag: Ctrl-C, SIGTERM, SIGUSR1, SIGHUP (a terminal that closes), a time limit, a stop file (heartbeat.py)
+and a dead launcher raise it; the loop looks.
 
 A signal reaches some processes and not others, and at different moments; so a raised flag is only a wish until the
 processes have agreed on it, and on why, which they do in the small all-reduce that each update makes anyway. Outside
@@ -21,10 +21,11 @@ import psutil
 
 from gfrnn import cli
 from gfrnn.config import EXIT_STOPPED
+from gfrnn.training import heartbeat
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_TIME_LIMIT, _NO_LAUNCHER = "time limit", "launcher"
-CAUSES = (*(number.name for number in _SIGNALS), _NO_LAUNCHER, _TIME_LIMIT)
+_TIME_LIMIT, _NO_LAUNCHER, _STOP_FILE = "time limit", "launcher", "stop file"
+CAUSES = (*(number.name for number in _SIGNALS), _NO_LAUNCHER, _TIME_LIMIT, _STOP_FILE)
 """Why a process may want to stop; of several, the first is what is said."""
 _LAUNCHER = "deepspeed.launcher.launch"
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -77,11 +78,15 @@ class StopFlag:
             self._last_look = now
             if _launchers() != self._launchers:
                 self._cause = _NO_LAUNCHER
+            elif cli.rank() == 0 and heartbeat.stop_wanted() is not None:  # one look a second, not one a rank
+                self._cause = _STOP_FILE
         return [cause == self._cause for cause in CAUSES]
 
     def agreed(self, wishes: Sequence[float]) -> str | None:
         """Why all stop, in words, from the sum of all processes' wishes; None if nobody asks for it."""
         cause = next((cause for cause, wish in zip(CAUSES, wishes, strict=True) if wish), None)
+        if cause == _STOP_FILE:
+            return heartbeat.stop_wanted() or _STOP_FILE
         in_words = {_TIME_LIMIT: f"time limit of {self.time_limit:g} minutes", _NO_LAUNCHER: "the launcher was killed"}
         return None if cause is None else in_words.get(cause, cause)
 

@@ -1,0 +1,402 @@
+"""What a batch script becomes: it runs preflight and training by srun, watches the ranks, and decides what comes after.
+
+SLURM's warning (USR1) and TERM become the file `stop` of the control folder: all ranks checkpoint at one update and
+end, and the job requeues itself. The launcher is not signalled: it would signal its ranks one after another. Ranks that
+die, hang or fall silent (their heartbeats: gfrnn/training/heartbeat.py) end the training: the job says which, on which
+node, excludes that node and requeues; unless it failed three times with no checkpoint in between, or the failure is
+one that another start would meet again. Whether a run has finished is what its summary.json says.
+
+    RUN/.job-JOBID/RESTART/     hostfile, stop, preflight.json, rank-00000.json ...
+    RUN/.job-JOBID/ends.jsonl   how each start of the job ended
+
+It runs where SLURM's programs are, so outside a container, and needs Python 3.9 and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FINISHED, USER, FAILED, STOPPED = 0, 2, 3, 75
+FAILURES_ALLOWED = 3
+POLL = 0.5
+IN_AN_UPDATE = ("fetch", "forward", "backward", "optimizer", "agree")
+ORDER = ("starting", "meeting", "loading", *IN_AN_UPDATE, "validation", "checkpoint", "test")
+
+Record = dict[str, Any]
+
+
+class Verdict(NamedTuple):
+    """What comes after a start."""
+
+    cause: str
+    """finished, stopped, taken over, failed (a requeue may help), or given up (none would)."""
+    why: str
+    status: int
+    rank: int | None = None
+    node: str | None = None
+
+
+class Limits(NamedTuple):
+    """Seconds."""
+
+    start: float
+    silent: float
+    stalled: float
+    stop: float
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+
+
+class Ranks:
+    """What the ranks of a start say of themselves, and when that last changed, by this process' clock."""
+
+    def __init__(self, control: Path, nodes: Sequence[str], per_node: int):
+        self._control = control
+        self.node_of = {n * per_node + k: node for n, node in enumerate(nodes) for k in range(per_node)}
+        self.records: dict[int, Record] = {}
+        self._beat: dict[int, float] = {}
+        self._moved: dict[int, float] = {}
+        self._begin = time.monotonic()
+
+    def look(self) -> None:
+        """Reads the heartbeats."""
+        now = time.monotonic()
+        for rank in self.node_of:
+            try:
+                record = json.loads((self._control / f"rank-{rank:05d}.json").read_text())
+            except (OSError, ValueError):
+                continue
+            before = self.records.get(rank, {})
+            if record["beats"] != before.get("beats"):
+                self._beat[rank] = now
+            if (record["step"], record["phase"]) != (before.get("step"), before.get("phase")):
+                self._moved[rank] = now
+            self.records[rank] = record
+
+    def trouble(self, limits: Limits) -> Verdict | None:
+        """The first rank to be given up, if any is to be."""
+        now = time.monotonic()
+        absent = [rank for rank in self.node_of if rank not in self.records]
+        if absent and now - self._begin > limits.start:
+            return self._failed(absent, f"did not start within {limits.start:g} s")
+        living = [rank for rank, record in self.records.items() if record["ended"] is None]
+        silent = [rank for rank in living if now - self._beat[rank] > limits.silent]
+        if silent:
+            first = min(self._beat[rank] for rank in silent)
+            together = [rank for rank in silent if self._beat[rank] < first + limits.silent / 4]
+            return self._failed(together, f"gave no sign for {limits.silent:g} s: dead, stopped or cut off")
+        stalled = [rank for rank in living if now - self._moved[rank] > self._allowed(rank, limits)]
+        if living and len(stalled) == len(living):
+            return self._stalled(living, limits)
+        return None
+
+    def _allowed(self, rank: int, limits: Limits) -> float:
+        return limits.stalled * (1 if self.records[rank]["phase"] in IN_AN_UPDATE else 4)
+
+    def _stalled(self, ranks: list[int], limits: Limits) -> Verdict:
+        where = {rank: (self.records[rank]["step"], ORDER.index(self.records[rank]["phase"])) for rank in ranks}
+        behind = [rank for rank in ranks if where[rank] == min(where.values())]
+        if len(behind) < len(ranks):
+            return self._failed(behind, f"hangs while the others wait for it ({limits.stalled:g} s)")
+        nodes = " and ".join(sorted({self.node_of[rank] for rank in ranks}))
+        return Verdict("failed", f"all ranks wait for one another: is the network between {nodes} cut?", FAILED)
+
+    def first_gone(self) -> Verdict | None:
+        """After the end: whose it was. Ranks that said nothing were killed; of several, the one heard of least."""
+        unsaid = [r for r in self.node_of if r not in self.records or self.records[r]["ended"] is None]
+        own = [r for r, record in self.records.items() if (record["ended"] or {}).get("kind") == "error"]
+        candidates = sorted([*unsaid, *own], key=lambda rank: self._beat.get(rank, 0.0))
+        if not candidates:
+            return None
+        if candidates[0] in own:
+            return self._failed(candidates[:1], self.records[candidates[0]]["ended"]["reason"] or "failed")
+        return self._failed(candidates[:1], "ended without a word: killed, or its node died")
+
+    def of_kind(self, *kinds: str) -> int | None:
+        """The first rank that ended so."""
+        return next((r for r in sorted(self.records) if (self.records[r]["ended"] or {}).get("kind") in kinds), None)
+
+    def _failed(self, ranks: Sequence[int], why: str) -> Verdict:
+        rank = ranks[0]
+        node = self.node_of[rank]
+        record = self.records.get(rank)
+        where = "" if record is None else f", at update {record['step']} ({record['phase']}, process {record['pid']})"
+        more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+        return Verdict("failed", f"rank {rank} on {node}{more} {why}{where}", FAILED, rank, node)
+
+
+def judge(ranks: Ranks, status: int, *, finished: bool, trouble: Verdict | None, stopping: bool) -> Verdict:
+    """How a start ended, from what the ranks said last, srun's status, summary.json, and what was seen before."""
+    if finished:
+        return Verdict("finished", "the run has finished", FINISHED)
+    taken = ranks.of_kind("taken over")
+    if taken is not None:
+        return Verdict("taken over", ranks.records[taken]["ended"]["reason"], STOPPED)
+    if trouble is not None:
+        return trouble
+    final = ranks.of_kind("user", "failed")
+    if final is not None and ranks.records[final]["phase"] != "meeting":
+        kind, reason = ranks.records[final]["ended"]["kind"], ranks.records[final]["ended"]["reason"]
+        return Verdict("given up", reason, USER if kind == "user" else FAILED, final, ranks.node_of[final])
+    if final is None and status in (USER, FAILED) and not ranks.records:
+        return Verdict("given up", "the programs did not start", status)
+    if ranks.of_kind("stopped") is not None or (status == STOPPED and ranks.of_kind("lost", "error") is None):
+        return Verdict("stopped", "stopped with a checkpoint", STOPPED)
+    if final is not None:
+        return ranks._failed([final], ranks.records[final]["ended"]["reason"])
+    gone = ranks.first_gone()
+    if stopping and gone is not None:
+        return Verdict("stopped", f"did not end by itself; {gone.why}", STOPPED)
+    return gone or Verdict("failed", f"the ranks have lost one another (srun's status {status})", FAILED)
+
+
+# ------------------------------------------------------------------------------------------------------------ SLURM
+
+
+class Job:
+    """This job, as SLURM has it."""
+
+    def __init__(self) -> None:
+        self.id = os.environ["SLURM_JOB_ID"]
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+    def shown(self) -> dict[str, str]:
+        """`scontrol show job`; nothing if SLURM does not answer."""
+        done = subprocess.run(["scontrol", "show", "job", self.id], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return dict(re.findall(r"(\S+?)=(\S*)", done.stdout.decode(errors="replace")))
+
+    def is_ours(self, shown: dict[str, str]) -> bool:
+        """Whether no later restart has begun while this process lived on unseen (its slurmd was lost, say)."""
+        return int(shown.get("Restarts", self.restart)) == self.restart
+
+    def requeue(self) -> str | None:
+        """Asks SLURM to start this job again; returns why not."""
+        done = subprocess.run(["scontrol", "requeue", self.id], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return None if done.returncode == 0 else " ".join(done.stdout.decode(errors="replace").split())
+
+    def exclude(self, node: str) -> str:
+        """Keeps the requeued job off a node, if it can do without it; says what came of it."""
+        shown = self.shown()
+        listed = shown.get("ExcNodeList", "(null)")
+        excluded = {node, *(self._names(listed) if listed != "(null)" else [])}
+        least = int(re.match(r"\d*", shown.get("NumNodes", "")).group() or 1)  # type: ignore[union-attr]
+        others = self._usable(shown.get("Partition", "")) - excluded
+        if len(others) < least:
+            return f"{node} is not excluded: the job needs {least} nodes, and {len(others)} others are up"
+        command = ["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(sorted(excluded))}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        refused = " ".join(done.stdout.decode(errors="replace").split())
+        return f"{node} is excluded" if done.returncode == 0 else f"{node} could not be excluded: {refused}"
+
+    def _names(self, listed: str) -> list[str]:
+        done = subprocess.run(["scontrol", "show", "hostnames", listed], stdout=subprocess.PIPE)
+        return done.stdout.decode().split()
+
+    def _usable(self, partition: str) -> set[str]:
+        command = ["sinfo", "--noheader", "--Node", "--partition", partition, "--format", "%N %t"]
+        done = subprocess.run(command, stdout=subprocess.PIPE)
+        lines = [line.split() for line in done.stdout.decode().splitlines()]
+        return {name for name, state in lines if state in ("idle", "mix", "alloc", "comp", "plnd")}
+
+
+# ------------------------------------------------------------------------------------------------- a start of the job
+
+
+class Supervisor:
+    """One start of the job."""
+
+    def __init__(self, run: Path, limits: Limits):
+        self.job, self.run, self.limits = Job(), run, limits
+        self.control = Path(os.environ["GFRNN_CONTROL"])
+        self.nodes = os.environ["GFRNN_NODES"].split()
+        self.per_node = int(os.environ["GFRNN_PER_NODE"])
+        self.signal: str | None = None
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.signal = self.signal or signal.Signals(number).name
+
+    def preflight(self, command: Sequence[str]) -> Verdict | None:
+        """Why there is nothing to train, if so."""
+        status, late = self._wait_for(subprocess.Popen(command), lambda: None)
+        if self.signal is not None:
+            return Verdict("stopped", f"{self.signal} before training began", STOPPED)
+        if status == 0:
+            return None
+        problems = []
+        if (self.control / "preflight.json").exists():
+            problems = json.loads((self.control / "preflight.json").read_text())["problems"]
+        broken = [problem for problem in problems if problem["broken"]]
+        if broken:
+            return Verdict("failed", f"{broken[0]['node']}: {broken[0]['what']}", FAILED, None, broken[0]["node"])
+        if problems or not late:
+            return Verdict("given up", "preflight was not passed", USER if problems else (status or FAILED))
+        return Verdict("failed", "preflight did not end", FAILED)
+
+    def train(self, command: Sequence[str]) -> Verdict:
+        """Trains, and says how it ended."""
+        ranks = Ranks(self.control, self.nodes, self.per_node)
+        summary = self._summary()
+
+        def look() -> Verdict | None:
+            ranks.look()
+            return ranks.trouble(self.limits)
+
+        status, trouble = self._wait_for(subprocess.Popen(command), look)
+        ranks.look()
+        now = self._summary()
+        finished = bool(now.get("finished")) and (now != summary or status == 0)
+        return judge(ranks, status, finished=finished, trouble=trouble, stopping=self.signal is not None)
+
+    def _wait_for(self, step: subprocess.Popen[bytes], look: Any) -> Any:
+        """srun's status, and the trouble for which it was not waited for any longer."""
+        stopped_at: float | None = None
+        while step.poll() is None:
+            time.sleep(POLL)
+            trouble = look()
+            if trouble is not None and trouble.cause == "failed":
+                return None, trouble
+            if self.signal is not None and stopped_at is None:
+                stopped_at = time.monotonic()
+                say(f"{self.signal} from SLURM: a checkpoint, and then a requeue")
+                (self.control / "stop").write_text(f"SLURM's {self.signal}\n")
+            if stopped_at is not None and time.monotonic() - stopped_at > self.limits.stop:
+                return None, Verdict("stopped", f"did not stop within {self.limits.stop:g} s", STOPPED)
+        return step.returncode, None
+
+    def _summary(self) -> Record:
+        try:
+            found: Record = json.loads((self.run / "summary.json").read_text())
+            return found
+        except (OSError, ValueError):
+            return {}
+
+    # -- after it
+
+    def last_step(self) -> int:
+        """Of the latest checkpoint; 0 without one."""
+        try:
+            return int((self.run / "checkpoints/latest").read_text().strip().rpartition("-")[2])
+        except (OSError, ValueError):
+            return 0
+
+    def ends(self) -> list[Record]:
+        """How earlier starts of this job ended."""
+        try:
+            return [json.loads(line) for line in self._ends_path.read_text().splitlines()]
+        except (OSError, ValueError):
+            return []
+
+    @property
+    def _ends_path(self) -> Path:
+        return self.control.parent / "ends.jsonl"
+
+    def note(self, verdict: Verdict, restart: int) -> None:
+        """Keeps how a start ended."""
+        with self._ends_path.open("a") as f:
+            f.write(json.dumps({"restart": restart, "step": self.last_step(), **verdict._asdict()}) + "\n")
+
+    def note_lost_start(self) -> None:
+        """If the start before this one could not say how it ended, SLURM ended it: says whom it heard of least."""
+        before = self.job.restart - 1
+        if before < 0 or any(end["restart"] == before for end in self.ends()):
+            return
+        beats = [(path.stat().st_mtime, path) for path in (self.control.parent / str(before)).glob("rank-*.json")]
+        who = ""
+        if beats:
+            last = json.loads(min(beats)[1].read_text())
+            who = f"; rank {last['rank']} on {last['node']} fell silent first, at update {last['step']}"
+        verdict = Verdict("failed", f"SLURM ended restart {before} by itself: a node was lost{who}", FAILED)
+        say(verdict.why)
+        self.note(verdict, before)
+
+    def failures(self) -> int:
+        """Failures so far since the latest checkpoint was written."""
+        step = self.last_step()
+        return sum(end["cause"] == "failed" and end["step"] == step for end in self.ends())
+
+    def conclude(self, verdict: Verdict) -> int:
+        """Requeues, or gives the job's status."""
+        self.note(verdict, self.job.restart)
+        say(f"{verdict.cause}: {verdict.why}")
+        if verdict.cause in ("finished", "taken over", "given up"):
+            return verdict.status
+        if verdict.cause == "failed" and self.failures() >= FAILURES_ALLOWED:
+            step = self.last_step()
+            where = f"after the checkpoint of update {step}" if step else "before the first checkpoint"
+            say(f"given up: failed {self.failures()} times {where}; the last time: {verdict.why}")
+            return FAILED
+        shown = self.job.shown()
+        if not self.job.is_ours(shown):
+            say(f"restart {shown['Restarts']} of job {self.job.id} goes on; nothing is left to do here")
+            return STOPPED
+        if shown.get("JobState") not in ("RUNNING", "COMPLETING", None):
+            say(f"the job is {shown['JobState']}: not requeued by itself; the same sbatch line goes on")
+            return STOPPED
+        refused = self.job.requeue()
+        if refused is not None:
+            say(f"SLURM does not requeue the job ({refused}); the same sbatch line goes on")
+            return STOPPED
+        if verdict.node is not None:
+            say(self.job.exclude(verdict.node))
+        say(f"requeued: goes on after update {self.last_step()}")
+        while True:  # until SLURM ends this: a script that ends by itself may be taken for finished
+            time.sleep(60)
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%T')} {line}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--output-dir", type=Path, required=True, help="the run folder")
+    parser.add_argument("--preflight", nargs="+", required=True, metavar="COMMAND", help="ends with 0 if all is well")
+    parser.add_argument("--training", nargs="+", required=True, metavar="COMMAND", help="the job's step")
+    for name, default, what in (
+        ("start", 300, "until every rank has begun"),
+        ("silent", 60, "that a rank may give no sign"),
+        ("stalled", 900, "that ranks may spend in one part of an update; four times as long elsewhere"),
+        ("stop", 240, "from SLURM's warning to the last checkpoint"),
+    ):
+        value = os.environ.get(f"GFRNN_{name.upper()}_SECONDS", default)
+        help_ = f"seconds {what} (GFRNN_{name.upper()}_SECONDS; default: {default})"
+        parser.add_argument(f"--{name}", type=float, default=float(value), help=help_)
+    head, preflight, training = split(sys.argv[1:])
+    given = [flag for flag, part in (("--preflight", preflight), ("--training", training)) if part]
+    arguments = parser.parse_args([*head, *(f"{flag}=..." for flag in given)])
+    limits = Limits(arguments.start, arguments.silent, arguments.stalled, arguments.stop)
+    supervisor = Supervisor(arguments.output_dir, limits)
+    supervisor.note_lost_start()
+    verdict = supervisor.preflight(preflight)
+    if verdict is None:
+        verdict = supervisor.train(training)
+    sys.exit(supervisor.conclude(verdict))
+
+
+def split(arguments: list[str]) -> list[list[str]]:
+    """The supervisor's own arguments, the preflight's command and the training's: these have flags of their own."""
+    parts: list[list[str]] = [[], [], []]
+    flags = ["--preflight", "--training"]
+    for argument in arguments:
+        if flags and argument == flags[0]:
+            flags.pop(0)
+        else:
+            parts[2 - len(flags)].append(argument)
+    return parts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""python -m gfrnn.training.preflight --output-dir DIR: whether these nodes can train together, in a few seconds.
+
+One process a node, started with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (slurm/launch.sh does): what each node
+has is gathered and compared, and the network between them measured. What is wrong is a line with the node and the mend;
+what was found is in preflight.json of the folder that GFRNN_CONTROL names.
+
+Exit status: 0 all is well; 2 something for the user to mend; 3 a node is broken, and others may do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gfrnn import cli
+from gfrnn.config import EXIT_FAILED, EXIT_USER, UserError
+from gfrnn.runs import git_commit, versions, write_json
+from gfrnn.training import heartbeat, network
+
+if TYPE_CHECKING:
+    import torch
+    from torch._C._distributed_c10d import Store
+
+_LARGEST_CLOCK_DIFFERENCE = 2.0  # seconds: of timestamps in logs and MLflow; nothing else looks at a clock
+_LARGE = 16 << 20  # bytes of the all-reduce that bandwidth is measured with
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class PreflightSettings:
+    """Check that the nodes of a job can train together."""
+
+    output_dir: Path
+    """Run folder of the training to come."""
+    per_node: int = 1
+    """Processes that it will have on each node."""
+    timeout: float = 60.0
+    """Seconds that nodes wait for one another."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a node."""
+
+    node: str
+    what: str
+    mend: str
+    broken: bool
+    """Whether it is the node itself, and another one may do."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node says of itself."""
+
+    name: str
+    where: str
+    commit: str | None
+    versions: dict[str, str]
+    cores: int
+    clock: float
+    """time.time() right after all have met."""
+    gpus: list[str] = field(default_factory=list)
+    driver: str | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def main() -> None:
+    """Checks; the first process says what was found."""
+    cli.run(_main)
+
+
+def _main() -> None:
+    settings = cli.parse(PreflightSettings, sys.argv[1:])
+    started = time.monotonic()
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+
+    network.choose_interface()
+    store = _meet(settings.timeout)
+    timeout = timedelta(seconds=settings.timeout)
+    cuda = os.environ.get("DS_ACCELERATOR", "cuda" if _device_count() else "cpu") == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=PrefixStore("group", store),
+        rank=cli.rank(),
+        world_size=cli.world_size(),
+        timeout=timeout,
+    )
+    problems = list(_check_folder(settings.output_dir))
+    nodes = _gather(_describe(settings, cuda, problems))
+    found = [*(problem for node in nodes for problem in node.problems), *compare(nodes)]
+    latency, bandwidth = _measure("cuda" if cuda and not any(p.broken for p in found) else "cpu")
+    if cli.rank() == 0:
+        _report(nodes, found, latency, bandwidth, time.monotonic() - started)
+    dist.barrier()
+    if found:
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED if any(problem.broken for problem in found) else EXIT_USER)
+
+
+def _device_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+# ------------------------------------------------------------------------------------------------------- meeting
+
+
+def _meet(seconds: float) -> Store:
+    """The store at MASTER_ADDR, once every node has come to it. Raises UserError naming those that have not."""
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
+
+    address, port, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), cli.rank() == 0
+    timeout = timedelta(seconds=seconds)
+    mend = "is it the right network interface? name another, GFRNN_INTERFACE"
+    try:
+        store = TCPStore(address, port, is_master=first, timeout=timeout, wait_for_workers=False)
+        store.set(f"here-{cli.rank()}", heartbeat.node_name())
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{network.here()} cannot meet the others at {address}:{port} ({reason}); {mend}") from error
+    names = os.environ.get("GFRNN_NODES", "").split()
+    deadline, missing = time.monotonic() + seconds, set(range(cli.world_size()))
+    while missing and time.monotonic() < deadline:
+        missing = {rank for rank in missing if not store.check([f"here-{rank}"])}
+        time.sleep(0.05)
+    if missing:
+        who = ", ".join(names[rank] if rank < len(names) else f"node {rank}" for rank in sorted(missing))
+        raise UserError(f"{who} did not come to {network.here()}, port {port}, within {seconds:g} s; {mend}")
+    return store
+
+
+def _gather(own: Node) -> list[Node]:
+    """Every node's, by rank."""
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * cli.world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+# ------------------------------------------------------------------------------------------------ what is looked at
+
+
+def _describe(settings: PreflightSettings, cuda: bool, problems: list[Problem]) -> Node:
+    import torch.distributed as dist
+
+    gpus: list[str] = []
+    driver = None
+    if cuda:
+        gpus, driver = _gpus(settings.per_node, problems)
+    cores, here = len(os.sched_getaffinity(0)), heartbeat.node_name()
+    if cores < settings.per_node:
+        mend = "ask for as many a node, --cpus-per-task (or --exclusive)"
+        problems.append(Problem(here, f"{settings.per_node} processes have {cores} cores", mend, False))
+    commit, found = git_commit(), versions()
+    dist.barrier()  # the last before the clock is looked at
+    return Node(here, network.here(), commit, found, cores, time.time(), gpus, driver, problems)
+
+
+def _gpus(per_node: int, problems: list[Problem]) -> tuple[list[str], str | None]:
+    """Names of the GPUs that work here, and the driver's version."""
+    import torch
+
+    here, names, driver = heartbeat.node_name(), [], None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+        driver = found.stdout.split("\n")[0].strip()
+    for index in range(torch.cuda.device_count()):
+        try:
+            torch.ones(1000, 1000, device=f"cuda:{index}").sum().item()
+            names.append(torch.cuda.get_device_name(index))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            problems.append(Problem(here, f"GPU {index} does not work ({reason})", "have it drained", True))
+    if len(names) < per_node and not problems:
+        what = f"{per_node} processes are to have a GPU each, and {len(names)} can be seen"
+        problems.append(Problem(here, what, "have its driver looked at (nvidia-smi), or ask for --gpus-per-node", True))
+    return names, driver
+
+
+def _check_folder(output_dir: Path) -> Iterator[Problem]:
+    """Whether every node writes to one and the same folder; collective."""
+    import torch.distributed as dist
+
+    here, control = heartbeat.node_name(), heartbeat.folder() or output_dir
+    mend = "give an --output-dir on a file system that all nodes share"
+    own = control / f"preflight-{cli.rank():05d}"
+    try:
+        control.mkdir(parents=True, exist_ok=True)
+        own.write_text(here)
+    except OSError as error:
+        yield Problem(here, f"{output_dir} cannot be written to ({error.strerror})", mend, False)
+    dist.barrier()
+    seen = _all_seen(control) or _all_seen(control, after=1.0)  # file systems of networks take a moment
+    dist.barrier()
+    own.unlink(missing_ok=True)
+    if not seen:
+        yield Problem(here, f"{output_dir} is not the folder that the other nodes see there", mend, False)
+
+
+def _all_seen(folder: Path, after: float = 0.0) -> bool:
+    time.sleep(after)
+    with contextlib.suppress(OSError):
+        return len(list(folder.glob("preflight-[0-9]*"))) >= cli.world_size()
+    return False
+
+
+def compare(nodes: Sequence[Node]) -> list[Problem]:
+    """What of each node is not as it is at the first."""
+    first, found = nodes[0], []
+    for node in nodes[1:]:
+        if node.commit != first.commit:
+            what = f"it has the code of commit {node.commit}, {first.name} that of {first.commit}"
+            found.append(Problem(node.name, what, "have all nodes see one checkout", False))
+        for name, version in first.versions.items():
+            other = node.versions.get(name)
+            if other != version:
+                what = f"it has {name} {other}, {first.name} {version}"
+                found.append(Problem(node.name, what, "have all nodes use one environment, GFRNN_PYTHON", False))
+        if (node.gpus, node.driver) != (first.gpus, first.driver):
+            what = f"its GPUs are {_described(node)}, those of {first.name} {_described(first)}"
+            found.append(Problem(node.name, what, "ask for nodes of one kind, --constraint", False))
+        off = node.clock - first.clock
+        if abs(off) > _LARGEST_CLOCK_DIFFERENCE:
+            what = f"its clock is {off:+.1f} s off that of {first.name}"
+            found.append(Problem(node.name, what, "have it synchronized (chrony, NTP)", False))
+    return found
+
+
+def _described(node: Node) -> str:
+    return f"{', '.join(node.gpus) or 'none'} (driver {node.driver or 'none'})"
+
+
+# ------------------------------------------------------------------------------------------------------ the network
+
+
+def _measure(device: str) -> tuple[float, float]:
+    """Seconds of a small all-reduce over all nodes, and bytes a second of a large one: what a link carries each way."""
+    import torch
+
+    small, large = torch.zeros(2, device=device), torch.zeros(_LARGE // 4, device=device)
+    size = cli.world_size()
+    latency = _time(small)
+    carried = 2 * (size - 1) / size * _LARGE  # of a ring
+    return latency, carried / _time(large) if size > 1 else float("inf")
+
+
+def _time(tensor: torch.Tensor) -> float:
+    import torch.distributed as dist
+
+    seconds = []
+    for _ in range(_TRIES):
+        dist.barrier()
+        begin = time.perf_counter()
+        dist.all_reduce(tensor)
+        tensor[:1].cpu()  # waits for a GPU
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])
+
+
+def _report(nodes: Sequence[Node], found: Sequence[Problem], latency: float, bandwidth: float, seconds: float) -> None:
+    for node in nodes:
+        what = _described(node) if node.gpus else f"{node.cores} cores, no GPU"
+        commit = (node.commit or "none")[:9]
+        cli.say(f"preflight: {node.where}: {what}; torch {node.versions['torch']}, commit {commit}")
+    if len(nodes) > 1:
+        clocks = [node.clock for node in nodes]
+        speed = f"{latency * 1e3:.2f} ms, {8 * bandwidth / 1e9:.2f} Gbit/s a link"
+        apart = max(clocks) - min(clocks)
+        cli.say(f"preflight: all-reduce over {len(nodes)} nodes: {speed}; clocks within {apart:.3f} s")
+    for problem in found:
+        cli.say(f"preflight: error: {problem.node}: {problem.what}; {problem.mend}")
+    cli.say(f"preflight: {'not passed' if found else 'passed'} in {seconds:.1f} s")
+    control = heartbeat.folder()
+    if control is not None:
+        figures = {"latency_s": latency, "bytes_per_second": bandwidth if len(nodes) > 1 else None, "seconds": seconds}
+        problems = [problem._asdict() for problem in found]
+        write_json(control / "preflight.json", {**figures, "nodes": [asdict(n) for n in nodes], "problems": problems})
+
+
+if __name__ == "__main__":
+    main()

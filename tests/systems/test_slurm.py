@@ -1,0 +1,327 @@
+"""Batch jobs on a real SLURM of two nodes: what they compute, and how they survive what happens to them.
+
+Where root or Debian's packages are missing the tests are skipped, and say so; with CI set that is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, Job, lines, missing, wait
+
+from launch import ROOT, SMALL, losses, metrics, summary, train, validations
+
+TRAIN = ROOT / "slurm/train.sbatch"
+UPDATES = 300
+FLAGS = [*SMALL, *f"--max-updates {UPDATES} --checkpoint-every 20 --valid-every 100".split()]
+# Adam makes steps of one size of gradients that are rounding alone, unless eps is above them.
+FLAGS += ["--eps", "1e-2", "--learning-rate", "1e-2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs() -> None:
+    absent = missing(["slurmctld", "slurmd", "munged", "srun", "unshare", "nsenter"])
+    why = f"a cluster needs {', '.join(absent) or 'root'}"
+    if absent or os.geteuid() != 0:
+        assert not os.environ.get("CI"), why
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="gfrnn-") as folder, Cluster(Path(folder) / "c", "pid") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of one process that nothing happens to."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    status, _, err = train(run, FLAGS)
+    assert status == 0, err
+    return losses(run)
+
+
+def check(run: Path, expected: dict[int, float]) -> None:
+    """The run has finished, has each update once, and computed what one process does."""
+    assert summary(run)["finished"]
+    assert [line["step"] for line in metrics(run) if "train_bpc" in line] == list(range(1, UPDATES + 1))
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    assert sorted(validations(run)) == [100, 200, 300]
+
+
+def submit(cluster: Cluster, folder: Path, *flags: str, run: Path | None = None) -> Job:
+    return cluster.sbatch(folder, *flags, TRAIN, *FLAGS, "--output-dir", run or folder / "run")
+
+
+def under_way(job: Job, run: Path, updates: int = 60) -> None:
+    """Until so many updates are done."""
+    wait(lambda: lines(run) >= updates, 90, job.output)
+
+
+def is_training(job: Job, run: Path, restart: int) -> bool:
+    record = run / f".job-{job.number}/{restart}/rank-00000.json"
+    return record.exists() and job.rank(run, 0, restart)["step"] > 0
+
+
+# What a job computes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tasks", "ranks"), [("1", 2), ("2", 4)], ids=["launcher-a-node", "task-a-rank"])
+def test_two_nodes_compute_what_one_process_does(
+    tasks: str, ranks: int, cluster: Cluster, expected: dict[int, float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, "--nodes=2", f"--ntasks-per-node={tasks}")
+    assert job.wait() == "COMPLETED", job.output()
+    check(run, expected)
+    assert summary(run)["world_size"] == ranks
+    assert [job.rank(run, rank)["node"] for rank in range(ranks)] == ["node1"] * (ranks // 2) + ["node2"] * (ranks // 2)
+    assert [end["cause"] for end in job.ends(run)] == ["finished"]
+    assert job.shown()["Restarts"] == "0"
+    assert "preflight: all-reduce over 2 nodes: " in job.output()
+
+
+def test_two_jobs_on_one_node(cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
+    flags = ["--nodes=1", "--nodelist=node1", "--cpus-per-task=2"]
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    jobs = [
+        cluster.sbatch(folder, *flags, TRAIN, *FLAGS, "--output-dir", folder / "run", GFRNN_PROCESSES_PER_NODE="2")
+        for folder in folders
+    ]
+    for folder, job in zip(folders, jobs, strict=True):
+        under_way(job, folder / "run", 5)
+    assert [job.state for job in jobs] == ["RUNNING", "RUNNING"]
+    for folder, job in zip(folders, jobs, strict=True):
+        assert job.wait() == "COMPLETED", job.output()
+        check(folder / "run", expected)
+        assert summary(folder / "run")["world_size"] == 2
+
+
+def test_a_study_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    points = tmp_path / "points.txt"
+    points.write_text(
+        f"# rows\n--rows 5 --output-dir '{tmp_path}/a point'\n\n--rows 3 --output-dir {tmp_path}/b  # three\n"
+    )
+    study = ROOT / "slurm/study.sbatch"
+    flags = [*SMALL, "--max-updates", "10"]
+    job = cluster.sbatch(tmp_path, "--array=1-2%1", study, points, *[f for f in flags if f not in ("--rows", "5")])
+    wait(lambda: not cluster.client("squeue", "-h").strip(), 120, lambda: cluster.client("squeue"))
+    said = {number: (tmp_path / f"out-{number}").read_text() for number in (1, 2)}
+    for number, (name, rows) in enumerate({"a point": 5, "b": 3}.items(), 1):
+        assert summary(tmp_path / name)["finished"], said[number]
+        assert summary(tmp_path / name)["characters"] == 10 * rows * 12
+    assert job.number in cluster.client("scontrol", "show", "job", job.number)
+
+
+def test_a_users_error_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.sbatch(tmp_path, "--nodes=2", TRAIN, *FLAGS, "--output-dir", tmp_path / "run", "--rows", "1")
+    assert job.wait() == "FAILED"
+    assert "error: 2 processes cannot share --rows 1: start fewer, or raise --rows" in job.output()
+    shown = job.shown()
+    assert (shown["ExitCode"], shown["Restarts"]) == ("2:0", "0")
+
+
+# Warnings -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_warning_ends_with_a_checkpoint_and_the_job_goes_on(
+    cluster: Cluster, expected: dict[int, float], tmp_path: Path
+) -> None:
+    """With MLflow: one run, every update once."""
+    run = tmp_path / "run"
+    flags = [flag for flag in FLAGS if flag != "--no-mlflow"]
+    job = cluster.sbatch(tmp_path, "--nodes=2", TRAIN, *flags, "--output-dir", run)
+    under_way(job, run)
+    cluster.client("scancel", "--batch", "--signal=USR1", job.number)
+    wait(lambda: job.shown()["Restarts"] == "1", 60, job.output)
+    stopped = job.ends(run)[0]
+    assert (stopped["cause"], stopped["step"]) == ("stopped", lines(run) or stopped["step"])
+    assert job.wait() == "COMPLETED", job.output()
+    check(run, expected)
+    assert f"SLURM's USR1 at update {stopped['step']} of {UPDATES}; the same command goes on" in job.output()
+    assert f"resumed at update {stopped['step']}" in job.output()
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = (each for each in client.search_experiments() if each.name == "gfrnn")
+    (found,) = client.search_runs([experiment.experiment_id])
+    steps = [point.step for point in client.get_metric_history(found.info.run_id, "train_bpc")]
+    assert sorted(steps) == list(range(1, UPDATES + 1))
+
+
+def test_a_job_of_a_higher_partition_comes_between(
+    cluster: Cluster, expected: dict[int, float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, "--nodes=2", "--exclusive")
+    under_way(job, run)
+    (tmp_path / "other").mkdir()
+    other = cluster.sbatch(tmp_path / "other", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 3")
+    assert other.wait() == "COMPLETED"
+    assert job.ends(run)[0]["cause"] == "stopped", job.output()
+    assert job.wait() == "COMPLETED", job.output()
+    check(run, expected)
+
+
+# What breaks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_rank_is_named_and_its_node_left_out(
+    cluster: Cluster, expected: dict[int, float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, "--nodes=1-2")
+    under_way(job, run)
+    rank = job.signal_rank(run, 1, signal.SIGKILL)
+    began = time.monotonic()
+    wait(lambda: "requeued: " in job.output(), 60, job.output)
+    assert time.monotonic() - began < 30
+    assert "failed: rank 1 on node2 ended without a word: killed, or its node died, at update " in job.output()
+    assert f"process {rank['pid']})" in job.output()
+    assert "node2 is excluded" in job.output()
+    assert job.wait() == "COMPLETED", job.output()
+    check(run, expected)
+    assert summary(run)["world_size"] == 1  # on what is left
+    assert job.rank(run, 0, restart=1)["node"] == "node1"
+
+
+def test_a_stopped_rank_is_noticed(cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, "--nodes=2")
+    under_way(job, run)
+    job.signal_rank(run, 1, signal.SIGSTOP)
+    began = time.monotonic()
+    wait(lambda: "requeued: " in job.output(), 60, job.output)
+    assert time.monotonic() - began < 30
+    assert "failed: rank 1 on node2 gave no sign for 6 s" in job.output()
+    assert "node2 is not excluded: the job needs 2 nodes, and 1 others are up" in job.output()
+    assert job.wait() == "COMPLETED", job.output()
+    check(run, expected)
+    assert summary(run)["world_size"] == 2
+
+
+def test_a_node_that_dies(cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, "--nodes=1-2")
+    under_way(job, run)
+    cluster("kill-node", "node2")
+    try:
+        assert job.wait() == "COMPLETED", job.output()
+    finally:
+        cluster("start-node", "node2")
+    assert "rank 1 on node2 ended without a word" in job.output()
+    check(run, expected)
+    assert summary(run)["world_size"] == 1
+    cluster.wait_for_nodes()
+
+
+def test_the_first_node_dies(cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
+    """With the batch script: SLURM requeues the job, and its next start says whom it heard of least."""
+    run = tmp_path / "run"
+    job = submit(cluster, tmp_path, "--nodes=1-2")
+    under_way(job, run)
+    cluster("kill-node", "node1")
+    try:
+        assert job.wait() == "COMPLETED", job.output()
+    finally:
+        cluster("start-node", "node1")
+    assert "SLURM ended restart 0 by itself: a node was lost; rank 0 on node1 fell silent first" in job.output()
+    check(run, expected)
+    cluster.wait_for_nodes()
+
+
+def test_only_the_newest_restart_writes(cluster: Cluster, tmp_path: Path) -> None:
+    """A node whose slurmd dies is lost to SLURM, and its processes train on beside the job's next start."""
+    run, updates = tmp_path / "run", 20_000
+    flags = [*SMALL, "--max-updates", str(updates), "--checkpoint-every", "500", "--valid-every", "0"]
+    job = cluster.sbatch(tmp_path, "--nodes=1", TRAIN, *flags, "--output-dir", run)
+    under_way(job, run)
+    first = job.rank(run, 0)
+    cluster("kill-slurmd", first["node"])
+    alive = ["in", first["node"], "sh", "-c", f"kill -0 {first['pid']} 2>/dev/null && echo alive || echo gone"]
+    wait(lambda: job.shown()["Restarts"] == "1", 60, job.output)
+    assert "alive" in cluster(*alive)  # a node that SLURM has lost, and that lives
+    wait(lambda: "resumed at update" in job.output(), 60, job.output)
+    wait(lambda: "gone" in cluster(*alive), 20, job.output)
+    cluster("start-node", first["node"])
+    assert job.rank(run, 0, restart=1)["node"] != first["node"]
+    assert job.rank(run, 0)["ended"]["kind"] == "taken over"
+    assert f"stopped: restart 1 of job {job.number} trains in {run} now" in job.output()
+    cluster.client("scancel", "--batch", "--signal=USR1", job.number)
+    wait(lambda: job.shown()["Restarts"] == "2", 60, job.output)
+    cluster.client("scancel", job.number)
+    job.wait()
+    steps = [line["step"] for line in metrics(run)]
+    assert steps == list(range(1, len(steps) + 1))  # none twice, none torn
+    cluster.wait_for_nodes()
+
+
+def test_three_failures_without_a_checkpoint_are_enough(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*SMALL, "--max-updates", "20000", "--checkpoint-every", "0", "--valid-every", "0"]
+    job = cluster.sbatch(tmp_path, "--nodes=1", TRAIN, *flags, "--output-dir", run)
+    for restart in range(3):
+        wait(partial(is_training, job, run, restart), 90, job.output)
+        job.signal_rank(run, 0, signal.SIGKILL, restart)
+    assert job.wait() == "FAILED", job.output()
+    assert job.shown()["Restarts"] == "2"
+    last = job.output().splitlines()[-1]
+    assert "given up: failed 3 times before the first checkpoint; the last time: rank 0 on node" in last
+
+
+# A cut link ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_is_cut_and_mended(expected: dict[int, float], tmp_path: Path) -> None:
+    """Briefly: nothing is lost. For long: the job says so, and goes on when the nodes are back."""
+    with tempfile.TemporaryDirectory(prefix="gfrnn-") as folder, Cluster(Path(folder) / "c", "net") as cluster:
+        run = tmp_path / "run"
+        job = submit(cluster, tmp_path, "--nodes=2")
+        under_way(job, run, 30)
+        assert "node2 (10.86.0.12 on eth0)" in job.output()
+        cluster("cut", "node2")
+        before = lines(run)
+        time.sleep(3)
+        assert lines(run) <= before + 2
+        cluster("mend", "node2")
+        wait(lambda: lines(run) > before + 10, 30, job.output)
+        assert job.shown()["Restarts"] == "0"
+        cluster("cut", "node2")
+        wait(lambda: "all ranks wait for one another: is the network between node1 and node2 cut?" in job.output(), 60)
+        cluster("mend", "node2")
+        assert job.wait() == "COMPLETED", job.output()
+        check(run, expected)
+
+
+# Scripts ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_script_passes_shellcheck() -> None:
+    scripts = [
+        *(ROOT / "slurm").glob("*.sbatch"),
+        *(ROOT / "slurm").glob("*.sh"),
+        ROOT / "tests/systems/cluster/slurm-cluster",
+    ]
+    assert len(scripts) >= 9
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_python_of_the_supervisor_is_any(tmp_path: Path) -> None:
+    """It runs on the host where training is in a container: with the standard library alone."""
+    command = [sys.executable, "-I", "-S", ROOT / "slurm/supervise.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--silent SILENT" in done.stdout
