@@ -187,17 +187,27 @@ class Job:
 
     def exclude(self, node: str) -> str:
         """Keeps the requeued job off a node, if it can do without it; says what came of it."""
-        shown = self.shown()
-        listed = shown.get("ExcNodeList", "(null)")
+        shown = self._pending()
+        listed = shown.get("ExcNodeList") or "(null)"
         excluded = {node, *(self._names(listed) if listed != "(null)" else [])}
-        least = int(re.match(r"\d*", shown.get("NumNodes", "")).group() or 1)  # type: ignore[union-attr]
+        least = int(shown.get("NumNodes", "1").partition("-")[0])
         others = self._usable(shown.get("Partition", "")) - excluded
         if len(others) < least:
-            return f"{node} is not excluded: the job needs {least} nodes, and {len(others)} others are up"
+            up = " ".join(sorted(others)) or "none"
+            return f"{node} is not excluded: the job needs {least} nodes, and of others there are: {up}"
         command = ["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(sorted(excluded))}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         refused = " ".join(done.stdout.decode(errors="replace").split())
         return f"{node} is excluded" if done.returncode == 0 else f"{node} could not be excluded: {refused}"
+
+    def _pending(self) -> dict[str, str]:
+        """The job once it waits to start again, for only then its least number of nodes is shown; if that is soon."""
+        deadline = time.monotonic() + 4
+        while True:
+            shown = self.shown()
+            if shown.get("JobState") == "PENDING" or time.monotonic() > deadline:
+                return shown
+            time.sleep(0.2)
 
     def _names(self, listed: str) -> list[str]:
         done = subprocess.run(["scontrol", "show", "hostnames", listed], stdout=subprocess.PIPE)
@@ -207,7 +217,8 @@ class Job:
         command = ["sinfo", "--noheader", "--Node", "--partition", partition, "--format", "%N %t"]
         done = subprocess.run(command, stdout=subprocess.PIPE)
         lines = [line.split() for line in done.stdout.decode().splitlines()]
-        return {name for name, state in lines if state in ("idle", "mix", "alloc", "comp", "plnd")}
+        unusable = ("down", "drain", "drng", "fail", "maint", "unk", "boot", "pow")
+        return {name for name, state in lines if not state.startswith(unusable) and not state.endswith("*")}
 
 
 # ------------------------------------------------------------------------------------------------- a start of the job
@@ -271,7 +282,7 @@ class Supervisor:
             if self.signal is not None and stopped_at is None:
                 stopped_at = time.monotonic()
                 say(f"{self.signal} from SLURM: a checkpoint, and then a requeue")
-                (self.control / "stop").write_text(f"SLURM's {self.signal}\n")
+                (self.control / "stop").write_text(f"{self.signal} from SLURM\n")
             if stopped_at is not None and time.monotonic() - stopped_at > self.limits.stop:
                 return None, Verdict("stopped", f"did not stop within {self.limits.stop:g} s", STOPPED)
         return step.returncode, None

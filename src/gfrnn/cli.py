@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
-from gfrnn.config import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, RunFailed, UserError
+from gfrnn.config import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, RunFailed, Stopped, UserError
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
@@ -38,10 +38,6 @@ _MENDS = {
     errno.EFBIG: "files may not become that large here: raise the limit (ulimit -f) or give another folder",
     errno.ELOOP: "links there go round in a circle: give another path",
 }
-
-
-class Stopped(Exception):
-    """The run stopped early with a checkpoint (a signal, a time limit); exit status 75."""
 
 
 def parse(settings: type[T], argv: Sequence[str], default: T | None = None) -> T:

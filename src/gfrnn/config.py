@@ -41,6 +41,10 @@ class UserError(Exception):
     """Something a user can get wrong. Shown as one line (what, where, the mend) with exit status 2."""
 
 
+class Stopped(Exception):
+    """The run stopped early with a checkpoint (a signal, a time limit); exit status 75."""
+
+
 class RunFailed(Exception):
     """The run itself failed, for example a loss that is not finite. Shown as one line with exit status 3."""
 

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfrnn import __version__
-from gfrnn.cli import Stopped
-from gfrnn.config import Settings, UserError
+from gfrnn.config import Settings, Stopped, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

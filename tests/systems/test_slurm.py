@@ -150,7 +150,7 @@ def test_a_warning_ends_with_a_checkpoint_and_the_job_goes_on(
     assert (stopped["cause"], stopped["step"]) == ("stopped", lines(run) or stopped["step"])
     assert job.wait() == "COMPLETED", job.output()
     check(run, expected)
-    assert f"SLURM's USR1 at update {stopped['step']} of {UPDATES}; the same command goes on" in job.output()
+    assert f"SIGUSR1 from SLURM at update {stopped['step']} of {UPDATES}; the same command goes on" in job.output()
     assert f"resumed at update {stopped['step']}" in job.output()
     from mlflow.tracking import MlflowClient
 
@@ -206,7 +206,7 @@ def test_a_stopped_rank_is_noticed(cluster: Cluster, expected: dict[int, float],
     wait(lambda: "requeued: " in job.output(), 60, job.output)
     assert time.monotonic() - began < 30
     assert "failed: rank 1 on node2 gave no sign for 6 s" in job.output()
-    assert "node2 is not excluded: the job needs 2 nodes, and 1 others are up" in job.output()
+    assert "node2 is not excluded: the job needs 2 nodes, and of others there are: node1" in job.output()
     assert job.wait() == "COMPLETED", job.output()
     check(run, expected)
     assert summary(run)["world_size"] == 2

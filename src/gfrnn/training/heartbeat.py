@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gfrnn import cli
-from gfrnn.cli import Stopped
-from gfrnn.config import RunFailed, UserError
+from gfrnn.config import RunFailed, Stopped, UserError
 from gfrnn.runs import TakenOver
 
 PHASES = (

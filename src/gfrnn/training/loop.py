@@ -16,8 +16,7 @@ import torch._dynamo  # torch.optim imports it at its first use: here, so that i
 import torch.distributed as dist
 
 from gfrnn import cli
-from gfrnn.cli import Stopped
-from gfrnn.config import RunFailed, Settings
+from gfrnn.config import RunFailed, Settings, Stopped
 from gfrnn.data import Corpus
 from gfrnn.nn import Noise, build_model
 from gfrnn.runs import RunFolder, find_checkpoint, load_checkpoint, load_weights
