@@ -42,7 +42,8 @@ def test_every_kind_trains_and_resumes(tmp_path, options):
     again = killed_after_30(output_dir, tmp_path / "again")
     status, _, err = train(again, [*flags, "--max-updates", "60", "--schedule", "constant"])
     assert status == 0, err
-    assert losses(again) == first
+    # where memory happens to lie decides the last bit of some CPUs' products; a lost moment would be 1e-3
+    assert losses(again) == pytest.approx(first, rel=1e-5)
 
 
 def test_a_resume_between_two_logged_lines(tmp_path):
