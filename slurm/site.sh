@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# What is peculiar to one cluster, in one place: read by submit.py on the login node and by every batch script.
-# Everything may stay as it is; sbatch's own flags win over it, and so do variables that are set already.
+# What is peculiar to one cluster, in one place: every batch script reads it; on the login node `. slurm/site.sh` before sbatch.
+# Everything may stay as it is; sbatch's own flags win over it.
 
 # --- where jobs go: sbatch reads these itself (man sbatch, INPUT ENVIRONMENT VARIABLES)
 # export SBATCH_PARTITION=gpu

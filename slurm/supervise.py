@@ -89,13 +89,13 @@ class Ranks:
         now = time.monotonic()
         absent = [rank for rank in self.node_of if rank not in self.records]
         if absent and now - self._begin > limits.start:
-            return self._failed(absent, f"did not start within {limits.start:g} s")
+            return self.failed(absent, f"did not start within {limits.start:g} s")
         living = [rank for rank, record in self.records.items() if record["ended"] is None]
         silent = [rank for rank in living if now - self._beat[rank] > limits.silent]
         if silent:
             first = min(self._beat[rank] for rank in silent)
             together = [rank for rank in silent if self._beat[rank] < first + limits.silent / 4]
-            return self._failed(together, f"gave no sign for {limits.silent:g} s: dead, stopped or cut off")
+            return self.failed(together, f"gave no sign for {limits.silent:g} s: dead, stopped or cut off")
         stalled = [rank for rank in living if now - self._moved[rank] > self._allowed(rank, limits)]
         if living and len(stalled) == len(living):
             return self._stalled(living, limits)
@@ -108,7 +108,7 @@ class Ranks:
         where = {rank: (self.records[rank]["step"], ORDER.index(self.records[rank]["phase"])) for rank in ranks}
         behind = [rank for rank in ranks if where[rank] == min(where.values())]
         if len(behind) < len(ranks):
-            return self._failed(behind, f"hangs while the others wait for it ({limits.stalled:g} s)")
+            return self.failed(behind, f"hangs while the others wait for it ({limits.stalled:g} s)")
         nodes = " and ".join(sorted({self.node_of[rank] for rank in ranks}))
         return Verdict("failed", f"all ranks wait for one another: is the network between {nodes} cut?", FAILED)
 
@@ -120,14 +120,14 @@ class Ranks:
         if not candidates:
             return None
         if candidates[0] in own:
-            return self._failed(candidates[:1], self.records[candidates[0]]["ended"]["reason"] or "failed")
-        return self._failed(candidates[:1], "ended without a word: killed, or its node died")
+            return self.failed(candidates[:1], self.records[candidates[0]]["ended"]["reason"] or "failed")
+        return self.failed(candidates[:1], "ended without a word: killed, or its node died")
 
     def of_kind(self, *kinds: str) -> int | None:
         """The first rank that ended so."""
         return next((r for r in sorted(self.records) if (self.records[r]["ended"] or {}).get("kind") in kinds), None)
 
-    def _failed(self, ranks: Sequence[int], why: str) -> Verdict:
+    def failed(self, ranks: Sequence[int], why: str) -> Verdict:
         rank = ranks[0]
         node = self.node_of[rank]
         record = self.records.get(rank)
@@ -154,7 +154,7 @@ def judge(ranks: Ranks, status: int, *, finished: bool, trouble: Verdict | None,
     if ranks.of_kind("stopped") is not None or (status == STOPPED and ranks.of_kind("lost", "error") is None):
         return Verdict("stopped", "stopped with a checkpoint", STOPPED)
     if final is not None:
-        return ranks._failed([final], ranks.records[final]["ended"]["reason"])
+        return ranks.failed([final], ranks.records[final]["ended"]["reason"])
     gone = ranks.first_gone()
     if stopping and gone is not None:
         return Verdict("stopped", f"did not end by itself; {gone.why}", STOPPED)
@@ -241,7 +241,7 @@ class Supervisor:
 
     def preflight(self, command: Sequence[str]) -> Verdict | None:
         """Why there is nothing to train, if so."""
-        status, late = self._wait_for(subprocess.Popen(command), lambda: None)
+        status, _ = self._wait_for(subprocess.Popen(command), lambda: None)
         if self.signal is not None:
             return Verdict("stopped", f"{self.signal} before training began", STOPPED)
         if status == 0:
@@ -252,9 +252,7 @@ class Supervisor:
         broken = [problem for problem in problems if problem["broken"]]
         if broken:
             return Verdict("failed", f"{broken[0]['node']}: {broken[0]['what']}", FAILED, None, broken[0]["node"])
-        if problems or not late:
-            return Verdict("given up", "preflight was not passed", USER if problems else (status or FAILED))
-        return Verdict("failed", "preflight did not end", FAILED)
+        return Verdict("given up", "preflight was not passed", USER if problems else status)
 
     def train(self, command: Sequence[str]) -> Verdict:
         """Trains, and says how it ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import BIN, ROOT, environment
+from launch import ROOT, environment
 
 SCRIPT = Path(__file__).parent / "cluster/slurm-cluster"
 
@@ -115,9 +116,4 @@ def lines(run: Path) -> int:
 
 
 def missing(programs: Sequence[str]) -> list[str]:
-    import shutil
-
     return [program for program in programs if shutil.which(program) is None]
-
-
-__all__ = ["BIN", "Cluster", "Job", "lines", "missing", "wait"]

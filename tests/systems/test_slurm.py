@@ -59,8 +59,9 @@ def check(run: Path, expected: dict[int, float]) -> None:
     assert sorted(validations(run)) == [100, 200, 300]
 
 
-def submit(cluster: Cluster, folder: Path, *flags: str, run: Path | None = None) -> Job:
-    return cluster.sbatch(folder, *flags, TRAIN, *FLAGS, "--output-dir", run or folder / "run")
+def submit(cluster: Cluster, folder: Path, *flags: str, **extra: str) -> Job:
+    """A training of FLAGS in FOLDER/run."""
+    return cluster.sbatch(folder, *flags, TRAIN, *FLAGS, "--output-dir", folder / "run", **extra)
 
 
 def under_way(job: Job, run: Path, updates: int = 60) -> None:
@@ -96,10 +97,7 @@ def test_two_jobs_on_one_node(cluster: Cluster, expected: dict[int, float], tmp_
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:
         folder.mkdir()
-    jobs = [
-        cluster.sbatch(folder, *flags, TRAIN, *FLAGS, "--output-dir", folder / "run", GFRNN_PROCESSES_PER_NODE="2")
-        for folder in folders
-    ]
+    jobs = [submit(cluster, folder, *flags, GFRNN_PROCESSES_PER_NODE="2") for folder in folders]
     for folder, job in zip(folders, jobs, strict=True):
         under_way(job, folder / "run", 5)
     assert [job.state for job in jobs] == ["RUNNING", "RUNNING"]
@@ -212,33 +210,27 @@ def test_a_stopped_rank_is_noticed(cluster: Cluster, expected: dict[int, float],
     assert summary(run)["world_size"] == 2
 
 
-def test_a_node_that_dies(cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ("node2", "failed: rank 1 on node2 gave no sign for 6 s"),
+        # with the batch script: SLURM requeues the job, and its next start says whom it heard of least
+        ("node1", "SLURM ended restart 0 by itself: a node was lost; rank 0 on node1 fell silent first"),
+    ],
+    ids=["the-second", "the-first"],
+)
+def test_a_node_that_dies(node: str, said: str, cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(cluster, tmp_path, "--nodes=1-2")
     under_way(job, run)
-    cluster("kill-node", "node2")
+    cluster("kill-node", node)
     try:
         assert job.wait() == "COMPLETED", job.output()
     finally:
-        cluster("start-node", "node2")
-    assert "failed: rank 1 on node2 gave no sign for 6 s" in job.output()
+        cluster("start-node", node)
+    assert said in job.output()
     check(run, expected)
     assert summary(run)["world_size"] == 1
-    cluster.wait_for_nodes()
-
-
-def test_the_first_node_dies(cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
-    """With the batch script: SLURM requeues the job, and its next start says whom it heard of least."""
-    run = tmp_path / "run"
-    job = submit(cluster, tmp_path, "--nodes=1-2")
-    under_way(job, run)
-    cluster("kill-node", "node1")
-    try:
-        assert job.wait() == "COMPLETED", job.output()
-    finally:
-        cluster("start-node", "node1")
-    assert "SLURM ended restart 0 by itself: a node was lost; rank 0 on node1 fell silent first" in job.output()
-    check(run, expected)
     cluster.wait_for_nodes()
 
 
