@@ -173,8 +173,8 @@ class Job:
 
     def shown(self) -> dict[str, str]:
         """`scontrol show job`; nothing if SLURM does not answer."""
-        done = subprocess.run(["scontrol", "show", "job", self.id], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        return dict(re.findall(r"(\S+?)=(\S*)", done.stdout.decode(errors="replace")))
+        _, said = slurm("scontrol", "show", "job", self.id)
+        return dict(re.findall(r"(\S+?)=(\S*)", said))
 
     def is_ours(self, shown: dict[str, str]) -> bool:
         """Whether no later restart has begun while this process lived on unseen (its slurmd was lost, say)."""
@@ -182,43 +182,57 @@ class Job:
 
     def requeue(self) -> str | None:
         """Asks SLURM to start this job again; returns why not."""
-        done = subprocess.run(["scontrol", "requeue", self.id], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return None if done.returncode == 0 else " ".join(done.stdout.decode(errors="replace").split())
+        status, said = slurm("scontrol", "requeue", self.id)
+        return None if status == 0 else said
 
     def exclude(self, node: str) -> str:
         """Keeps the requeued job off a node, if it can do without it; says what came of it."""
-        shown = self._pending()
+        shown = self.shown()
         listed = shown.get("ExcNodeList") or "(null)"
-        excluded = {node, *(self._names(listed) if listed != "(null)" else [])}
-        least = int(shown.get("NumNodes", "1").partition("-")[0])
+        excluded = {node}
+        if listed != "(null)":
+            excluded.update(slurm("scontrol", "show", "hostnames", listed)[1].split())
+        least = self._least_nodes(shown)
         others = self._usable(shown.get("Partition", "")) - excluded
         if len(others) < least:
             up = " ".join(sorted(others)) or "none"
             return f"{node} is not excluded: the job needs {least} nodes, and of others there are: {up}"
-        command = ["scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(sorted(excluded))}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        refused = " ".join(done.stdout.decode(errors="replace").split())
-        return f"{node} is excluded" if done.returncode == 0 else f"{node} could not be excluded: {refused}"
+        status, said = slurm("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(sorted(excluded))}")
+        return f"{node} is excluded" if status == 0 else f"{node} could not be excluded: {said}"
 
-    def _pending(self) -> dict[str, str]:
-        """The job once it waits to start again, for only then its least number of nodes is shown; if that is soon."""
-        deadline = time.monotonic() + 4
-        while True:
-            shown = self.shown()
-            if shown.get("JobState") == "PENDING" or time.monotonic() > deadline:
-                return shown
-            time.sleep(0.2)
+    def _least_nodes(self, shown: dict[str, str]) -> int:
+        """How few nodes the job may have: what it asked for, else as many as it was given.
 
-    def _names(self, listed: str) -> list[str]:
-        done = subprocess.run(["scontrol", "show", "hostnames", listed], stdout=subprocess.PIPE)
-        return done.stdout.decode().split()
+        NumNodes is what it was given as long as it has not left them, and then what is left of these. The request is in
+        ReqTRES from SLURM 23.02 on, and before that in squeue's JSON alone.
+        """
+        requested = shown.get("ReqTRES")
+        if requested is None:
+            try:
+                jobs = json.loads(slurm("squeue", "--json")[1])["jobs"]
+                requested = next(job["tres_req_str"] for job in jobs if str(job["job_id"]) == self.id)
+            except (ValueError, KeyError, StopIteration):
+                requested = ""
+        found = re.search(r"\bnode=(\d+)", requested)
+        return int(found[1]) if found else int(os.environ["SLURM_JOB_NUM_NODES"])
 
     def _usable(self, partition: str) -> set[str]:
-        command = ["sinfo", "--noheader", "--Node", "--partition", partition, "--format", "%N %t"]
-        done = subprocess.run(command, stdout=subprocess.PIPE)
-        lines = [line.split() for line in done.stdout.decode().splitlines()]
+        _, said = slurm("sinfo", "--noheader", "--Node", "--partition", partition, "--format", "%N %t")
         unusable = ("down", "drain", "drng", "fail", "maint", "unk", "boot", "pow")
-        return {name for name, state in lines if not state.startswith(unusable) and not state.endswith("*")}
+        states = [line.split() for line in said.splitlines()]
+        return {name for name, state in states if not state.startswith(unusable) and not state.endswith("*")}
+
+
+def slurm(*command: str) -> tuple[int, str]:
+    """The status of a command of SLURM's, and what it says.
+
+    As a requeue sends TERM to all processes of the job, and so to a command that runs just then, that one is run again.
+    """
+    while True:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if done.returncode >= 0:
+            said = done.stdout.decode(errors="replace") or " ".join(done.stderr.decode(errors="replace").split())
+            return done.returncode, said.strip()
 
 
 # ------------------------------------------------------------------------------------------------- a start of the job
