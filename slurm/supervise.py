@@ -255,9 +255,18 @@ class Supervisor:
 
     def preflight(self, command: Sequence[str]) -> Verdict | None:
         """Why there is nothing to train, if so."""
-        status, _ = self._wait_for(subprocess.Popen(command), lambda: None)
+        deadline = time.monotonic() + self.limits.start
+
+        def look() -> Verdict | None:
+            if time.monotonic() < deadline:
+                return None
+            return Verdict("failed", f"preflight did not end within {self.limits.start:g} s", FAILED)
+
+        status, trouble = self._wait_for(subprocess.Popen(command), look)
         if self.signal is not None:
             return Verdict("stopped", f"{self.signal} before training began", STOPPED)
+        if trouble is not None:
+            return trouble
         if status == 0:
             return None
         problems = []

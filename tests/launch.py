@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,21 @@ def start_training(
 
 
 def start_ranks(
-    command: Sequence[str | Path], processes: int, *, only: int | None = None
+    command: Sequence[str | Path],
+    processes: int,
+    *,
+    only: int | None = None,
+    extra: Callable[[int], dict[str, str]] = lambda rank: {},
 ) -> list[subprocess.Popen[str]]:
-    """python COMMAND, one process a rank without a launcher: as SLURM starts them. `only`: the first so many."""
+    """python COMMAND, one process a rank without a launcher: as SLURM starts them.
+
+    only: the first so many. extra: more of the environment, by rank.
+    """
     where = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
+            env=environment(**{"RANK": str(rank), "LOCAL_RANK": str(rank), **where, **extra(rank)}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

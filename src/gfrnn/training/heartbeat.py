@@ -2,6 +2,7 @@
 
     stop             made by whoever wants the training to end with a checkpoint; rank 0 looks for it once a second
     rank-00003.json  rank 3: its node, where it is, and how it ended
+    preflight.json   what preflight.py found
 
 The file is written again every few seconds by a thread, so it stands still when the process or its node does; what it
 says of the main thread stands still when that hangs. slurm/supervise.py reads them; nobody's clock is compared with
@@ -38,6 +39,9 @@ PHASES = (
 """Where a rank may be; those of an update in its order."""
 
 
+PREFLIGHT = "preflight.json"
+
+
 def folder() -> Path | None:
     """GFRNN_CONTROL, if it is set."""
     named = os.environ.get("GFRNN_CONTROL")
@@ -51,6 +55,16 @@ def stop_wanted() -> str | None:
         return None if control is None else (control / "stop").read_text().strip() or "stop file"
     except OSError:
         return None
+
+
+def measured_network() -> dict[str, float]:
+    """The all-reduce between this start's nodes as preflight measured it, named as metrics; nothing if none did."""
+    control = folder()
+    try:
+        found = {} if control is None else json.loads((control / PREFLIGHT).read_text())["network"]
+    except (OSError, ValueError, KeyError):
+        found = {}
+    return {f"network_{name}": value for name, value in found.items()}
 
 
 class Heartbeat:

@@ -29,7 +29,7 @@ from gfrnn.config import (
 from gfrnn.runs import RunFolder, TakenOver, checkpoint_origin, find_checkpoint
 from gfrnn.training import stopping  # early: it looks who started this process
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
-from gfrnn.training.heartbeat import Heartbeat
+from gfrnn.training.heartbeat import Heartbeat, measured_network
 from gfrnn.training.memory import estimate
 
 
@@ -118,7 +118,11 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder, heart: 
             run.check(settings, corpus.md5)  # again: another training may have begun here and ended
             latest = run.named_checkpoint("latest")
             run.create(settings, ds_config, corpus.md5)
-            run.truncate_metrics(int(latest.name.removeprefix("step-")) if latest is not None else 0)
+            step = int(latest.name.removeprefix("step-")) if latest is not None else 0
+            run.truncate_metrics(step)
+            network = measured_network()
+            if network:
+                run.append_metrics({"step": step, **network})
             run.summary_path.unlink(missing_ok=True)
             heart.each_beat(lambda: _end_if_taken_over(run, heart))
     tracked = settings.run.mlflow and dist.get_rank() == 0

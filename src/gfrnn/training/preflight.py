@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gfrnn import cli
-from gfrnn.config import EXIT_FAILED, EXIT_USER, UserError
+from gfrnn.config import EXIT_FAILED, EXIT_USER, RunFailed, UserError
 from gfrnn.runs import git_commit, versions, write_json
 from gfrnn.training import heartbeat, network
 
@@ -117,7 +117,10 @@ def _device_count() -> int:
 
 
 def _meet(seconds: float) -> Store:
-    """The store at MASTER_ADDR, once every node has come to it. Raises UserError naming those that have not."""
+    """The store at MASTER_ADDR, once every node has come to it.
+
+    Raises RunFailed at the first node, naming those that have not come; UserError at one that cannot.
+    """
     import torch.distributed as dist
     from torch._C._distributed_c10d import TCPStore
 
@@ -127,17 +130,23 @@ def _meet(seconds: float) -> Store:
     try:
         store = TCPStore(address, port, is_master=first, timeout=timeout, wait_for_workers=False)
         store.set(f"here-{cli.rank()}", heartbeat.node_name())
+        if not first:
+            store.wait(["all here"])
+            return store
+        deadline, missing = time.monotonic() + seconds, set(range(cli.world_size()))
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if not store.check([f"here-{rank}"])}
+            time.sleep(0.05)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{network.here()} cannot meet the others at {address}:{port} ({reason}); {mend}") from error
-    names = os.environ.get("GFRNN_NODES", "").split()
-    deadline, missing = time.monotonic() + seconds, set(range(cli.world_size()))
-    while missing and time.monotonic() < deadline:
-        missing = {rank for rank in missing if not store.check([f"here-{rank}"])}
-        time.sleep(0.05)
     if missing:
-        who = ", ".join(names[rank] if rank < len(names) else f"node {rank}" for rank in sorted(missing))
-        raise UserError(f"{who} did not come to {network.here()}, port {port}, within {seconds:g} s; {mend}")
+        names = os.environ.get("GFRNN_NODES", "").split() or [f"node {rank}" for rank in range(cli.world_size())]
+        what = f"did not come to {network.here()}, port {port}, within {seconds:g} s"
+        found = [Problem(names[rank], what, mend, True) for rank in sorted(missing)]
+        _keep(problems=[problem._asdict() for problem in found])
+        raise RunFailed("; ".join(f"{problem.node}: {problem.what}" for problem in found) + f"; {mend}")
+    store.set("all here", "")
     return store
 
 
@@ -248,14 +257,17 @@ def _described(node: Node) -> str:
 
 
 def _measure(device: str) -> tuple[float, float]:
-    """Seconds of a small all-reduce over all nodes, and bytes a second of a large one: what a link carries each way."""
+    """Seconds of a small all-reduce over all nodes, and bytes a second of a large one: what a link carries each way.
+
+    Of one node, which has no links, the second is 0.
+    """
     import torch
 
     small, large = torch.zeros(2, device=device), torch.zeros(_LARGE // 4, device=device)
     size = cli.world_size()
     latency = _time(small)
     carried = 2 * (size - 1) / size * _LARGE  # of a ring
-    return latency, carried / _time(large) if size > 1 else float("inf")
+    return latency, carried / _time(large)
 
 
 def _time(tensor: torch.Tensor) -> float:
@@ -284,11 +296,16 @@ def _report(nodes: Sequence[Node], found: Sequence[Problem], latency: float, ban
     for problem in found:
         cli.say(f"preflight: error: {problem.node}: {problem.what}; {problem.mend}")
     cli.say(f"preflight: {'not passed' if found else 'passed'} in {seconds:.1f} s")
+    figures = {"latency_s": latency, "bytes_per_second": bandwidth} if len(nodes) > 1 else {}
+    problems = [problem._asdict() for problem in found]
+    _keep(network=figures, seconds=seconds, nodes=[asdict(node) for node in nodes], problems=problems)
+
+
+def _keep(**found: Any) -> None:
     control = heartbeat.folder()
     if control is not None:
-        figures = {"latency_s": latency, "bytes_per_second": bandwidth if len(nodes) > 1 else None, "seconds": seconds}
-        problems = [problem._asdict() for problem in found]
-        write_json(control / "preflight.json", {**figures, "nodes": [asdict(n) for n in nodes], "problems": problems})
+        control.mkdir(parents=True, exist_ok=True)
+        write_json(control / heartbeat.PREFLIGHT, found)
 
 
 if __name__ == "__main__":

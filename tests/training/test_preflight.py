@@ -1,0 +1,113 @@
+"""What preflight says of nodes that cannot train together: real processes, one for each node."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import ROOT, start_ranks
+
+from gfrnn.training.preflight import Node, compare
+
+PREFLIGHT = ["-m", "gfrnn.training.preflight", "--output-dir"]
+
+
+def preflight(
+    folder: Path, *flags: str, extra: Callable[[int], dict[str, str]] = lambda rank: {}, only: int | None = None
+) -> tuple[list[int], list[str], dict[str, Any]]:
+    """Of two nodes: exit statuses, what each says, and preflight.json."""
+
+    def environment(rank: int) -> dict[str, str]:
+        node = {"SLURMD_NODENAME": f"node{rank + 1}", "GFRNN_NODES": "node1 node2", "DS_ACCELERATOR": "cpu"}
+        return {**node, "GFRNN_CONTROL": str(folder / "control"), "PYTHONPATH": str(ROOT / "src"), **extra(rank)}
+
+    ranks = start_ranks([*PREFLIGHT, folder / "run", *flags], 2, extra=environment, only=only)
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    found = json.loads((folder / "control/preflight.json").read_text())
+    return [rank.returncode for rank in ranks], said, found
+
+
+def test_two_nodes_that_are_alike(tmp_path: Path) -> None:
+    statuses, said, found = preflight(tmp_path)
+    assert statuses == [0, 0], said
+    assert "preflight: passed" in said[0]
+    assert [node["name"] for node in found["nodes"]] == ["node1", "node2"]
+    assert found["problems"] == []
+    assert 0 < found["network"]["latency_s"] < 1
+    assert found["network"]["bytes_per_second"] > 1e6
+
+
+def test_another_version_of_a_package(tmp_path: Path) -> None:
+    other = tmp_path / "packages/mlflow-0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: mlflow\nVersion: 0.1\n")
+    paths = {1: {"PYTHONPATH": f"{other.parent}:{ROOT / 'src'}"}}
+    statuses, said, _ = preflight(tmp_path, extra=lambda rank: paths.get(rank, {}))
+    assert statuses == [2, 2]
+    assert "preflight: error: node2: it has mlflow 0.1, node1 " in said[0]
+    assert "have all nodes use one environment, GFRNN_PYTHON" in said[0]
+
+
+def test_another_commit(tmp_path: Path) -> None:
+    other = tmp_path / "checkout"
+    shutil.copytree(ROOT / "src", other / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for command in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm another"):
+        subprocess.run(["git", "-C", other, *command.split()], check=True)
+    paths = {1: {"PYTHONPATH": str(other / "src")}}
+    statuses, said, found = preflight(tmp_path, extra=lambda rank: paths.get(rank, {}))
+    assert statuses == [2, 2]
+    commits = [node["commit"] for node in found["nodes"]]
+    assert f"node2: it has the code of commit {commits[1]}, node1 that of {commits[0]}; have all nodes" in said[0]
+    assert commits[0] != commits[1]
+
+
+def test_a_folder_that_nodes_do_not_share(tmp_path: Path) -> None:
+    control = {1: {"GFRNN_CONTROL": str(tmp_path / "elsewhere")}}
+    statuses, said, _ = preflight(tmp_path, extra=lambda rank: control.get(rank, {}))
+    assert statuses == [2, 2]
+    for node in ("node1", "node2"):
+        assert f"error: {node}: {tmp_path / 'run'} is not the folder that the other nodes see there" in said[0]
+
+
+def test_more_processes_than_cores(tmp_path: Path) -> None:
+    statuses, said, found = preflight(tmp_path, "--per-node", "1000")
+    assert statuses == [2, 2]
+    assert "preflight: error: node2: 1000 processes have " in said[0]
+    assert not any(problem["broken"] for problem in found["problems"])
+
+
+def test_a_node_that_does_not_come(tmp_path: Path) -> None:
+    """Which may be its own fault: another one may do."""
+    statuses, said, found = preflight(tmp_path, "--timeout", "3", only=1)
+    assert statuses == [3]
+    assert "failed: node2: did not come to node1 (127.0.0.1 on lo), port " in said[0]
+    assert [(problem["node"], problem["broken"]) for problem in found["problems"]] == [("node2", True)]
+
+
+def test_nobody_where_the_first_should_be(tmp_path: Path) -> None:
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control/preflight.json").write_text("{}")
+    there = {"RANK": "1", "SLURMD_NODENAME": "node2"}
+    statuses, said, _ = preflight(tmp_path, "--timeout", "3", only=1, extra=lambda rank: there)
+    assert statuses == [2]
+    assert "error: node2 (127.0.0.1 on lo) cannot meet the others at 127.0.0.1:" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"clock": 95.0}, "its clock is -5.0 s off that of node1"),
+        ({"gpus": ["H100"], "driver": "580"}, "its GPUs are H100 (driver 580), those of node1 none (driver none)"),
+    ],
+)
+def test_clocks_and_gpus_are_compared(changed: dict[str, Any], said: str) -> None:
+    first = Node("node1", "node1 (10.0.0.1 on eth0)", "abc", {"torch": "2.13.0"}, 2, 100.0)
+    (problem,) = compare([first, replace(first, name="node2", **changed)])
+    assert (problem.node, problem.what) == ("node2", said)
+    assert compare([first, replace(first, name="node2", clock=101.0)]) == []
