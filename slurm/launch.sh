@@ -72,6 +72,8 @@ train_here() {
   fi
   [ -n "$(value_of --deepspeed "$@")" ] || set -- "$@" --deepspeed ds_configs/z2.json
   per_node=$(processes_per_node)
+  # GPUs that were asked for must work: without this a node with a broken driver would train on its cores
+  [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cuda}
   GFRNN_CONTROL=$(realpath -m "$run")/.job-$SLURM_JOB_ID/$restart
   export GFRNN_CONTROL GFRNN_PER_NODE=$per_node
   mkdir -p "$GFRNN_CONTROL"

@@ -14,7 +14,7 @@ if [ "$what" = training ] && [ "$SLURM_STEP_NUM_TASKS" -eq "$SLURM_STEP_NUM_NODE
   # The launcher numbers a node's GPUs from 0; which ones SLURM gave this job is in CUDA_VISIBLE_DEVICES, and all nodes
   # must be named, though each reads its own devices alone.
   hostfile=$GFRNN_CONTROL/hostfile include=()
-  if [[ ${DS_ACCELERATOR:-cuda} != cpu && ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+  if [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9]+(,[0-9]+)*$ ]]; then
     mapfile -t -d , devices <<< "$CUDA_VISIBLE_DEVICES,"
     devices=("${devices[@]:0:$GFRNN_PER_NODE}")
     hostfile=$GFRNN_CONTROL/hostfile-$SLURM_NODEID

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,7 +229,7 @@ def slurm(*command: str) -> tuple[int, str]:
     As a requeue sends TERM to all processes of the job, and so to a command that runs just then, that one is run again.
     """
     while True:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        done = subprocess.run(command, capture_output=True)
         if done.returncode >= 0:
             said = done.stdout.decode(errors="replace") or " ".join(done.stderr.decode(errors="replace").split())
             return done.returncode, said.strip()
@@ -292,20 +292,22 @@ class Supervisor:
         finished = bool(now.get("finished")) and (now != summary or status == 0)
         return judge(ranks, status, finished=finished, trouble=trouble, stopping=self.signal is not None)
 
-    def _wait_for(self, step: subprocess.Popen[bytes], look: Any) -> Any:
+    def _wait_for(
+        self, step: subprocess.Popen[bytes], look: Callable[[], Verdict | None]
+    ) -> tuple[int, Verdict | None]:
         """srun's status, and the trouble for which it was not waited for any longer."""
         stopped_at: float | None = None
         while step.poll() is None:
             time.sleep(POLL)
             trouble = look()
             if trouble is not None and trouble.cause == "failed":
-                return None, trouble
+                return FAILED, trouble
             if self.signal is not None and stopped_at is None:
                 stopped_at = time.monotonic()
                 say(f"{self.signal} from SLURM: a checkpoint, and then a requeue")
                 (self.control / "stop").write_text(f"{self.signal} from SLURM\n")
             if stopped_at is not None and time.monotonic() - stopped_at > self.limits.stop:
-                return None, Verdict("stopped", f"did not stop within {self.limits.stop:g} s", STOPPED)
+                return FAILED, Verdict("stopped", f"did not stop within {self.limits.stop:g} s", STOPPED)
         return step.returncode, None
 
     def _summary(self) -> Record:

@@ -28,7 +28,7 @@ class Cluster:
         self.folder, self.isolate = folder, isolate
 
     def __enter__(self) -> Cluster:
-        self("up", "-n", "2", "-c", "4", "-g", "0", "-i", self.isolate)
+        self("up", "-n", "2", "-c", "4", "-g", "2", "-i", self.isolate)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,7 +47,8 @@ class Cluster:
     def client(self, *command: str | Path, **extra: str) -> str:
         """A command of SLURM's, to its end: what it prints."""
         where = [str(SCRIPT), "exec", str(self.folder)]
-        env = environment(DS_ACCELERATOR="cpu", GFRNN_PYTHON=sys.executable, GFRNN_HOME=str(ROOT), **QUICK, **extra)
+        ours = {"DS_ACCELERATOR": "cpu", "GFRNN_PYTHON": sys.executable, "GFRNN_HOME": str(ROOT)}
+        env = environment(**{**ours, **QUICK, **extra})
         done = subprocess.run([*where, *map(str, command)], env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -94,6 +95,12 @@ class Job:
         """What a rank said of itself last."""
         found: dict[str, Any] = json.loads((run / f".job-{self.number}/{restart}/rank-{rank:05d}.json").read_text())
         return found
+
+    def environment_of(self, run: Path, rank: int) -> dict[str, str]:
+        """A rank's environment, seen from within its node."""
+        record = self.rank(run, rank)
+        said = self.cluster("in", record["node"], "cat", f"/proc/{record['pid']}/environ")
+        return dict(line.partition("=")[::2] for line in said.split("\0"))
 
     def signal_rank(self, run: Path, rank: int, number: signal.Signals, restart: int = 0) -> dict[str, Any]:
         """Signals a rank from within its node."""

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from slurm_cluster import Cluster, Job, lines, missing, wait
 
 from launch import ROOT, SMALL, losses, metrics, summary, train, validations
@@ -115,6 +116,31 @@ def test_two_jobs_on_one_node(cluster: Cluster, expected: dict[int, float], tmp_
         assert job.wait() == "COMPLETED", job.output()
         check(folder / "run", expected)
         assert summary(folder / "run")["world_size"] == 2
+
+
+def test_each_job_has_its_own_gpus(cluster: Cluster, tmp_path: Path) -> None:
+    """Device files stand for GPUs here; the launcher is told which are the job's."""
+    flags = ["--nodes=1", "--nodelist=node1", "--gpus-per-node=1"]
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    jobs = [submit(cluster, folder, *flags) for folder in folders]
+    for folder, job in zip(folders, jobs, strict=True):
+        under_way(job, folder / "run", 5)
+    seen = [
+        job.environment_of(folder / "run", 0)["CUDA_VISIBLE_DEVICES"] for job, folder in zip(jobs, folders, strict=True)
+    ]
+    assert seen == ["0", "1"]
+
+
+def test_gpus_are_asked_for_and_torch_has_none(cluster: Cluster, tmp_path: Path) -> None:
+    """Training on the cores instead would be slow, and nobody would know why."""
+    site = tmp_path / "site.sh"
+    site.write_text("unset DS_ACCELERATOR\n")
+    job = submit(cluster, tmp_path, "--nodes=1", "--gpus-per-node=2", GFRNN_SITE=str(site))
+    assert job.wait() == "FAILED", job.output()
+    has = "0 can be seen" if torch.version.cuda else "is built without CUDA; install its CUDA build"
+    assert has in job.output()
 
 
 def test_a_study_is_an_array(cluster: Cluster, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import ROOT, start_ranks
 
 from gfrnn.training.preflight import Node, compare
+from launch import ROOT, start_ranks
 
 PREFLIGHT = ["-m", "gfrnn.training.preflight", "--output-dir"]
 

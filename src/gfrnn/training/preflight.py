@@ -28,7 +28,7 @@ from gfrnn.training import heartbeat, network
 
 if TYPE_CHECKING:
     import torch
-    from torch._C._distributed_c10d import Store
+    from torch._C._distributed_c10d import ProcessGroup, Store
 
 _LARGEST_CLOCK_DIFFERENCE = 2.0  # seconds: of timestamps in logs and MLflow; nothing else looks at a clock
 _LARGE = 16 << 20  # bytes of the all-reduce that bandwidth is measured with
@@ -86,19 +86,18 @@ def _main() -> None:
 
     network.choose_interface()
     store = _meet(settings.timeout)
-    timeout = timedelta(seconds=settings.timeout)
     cuda = os.environ.get("DS_ACCELERATOR", "cuda" if _device_count() else "cpu") == "cuda"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        "gloo",  # NCCL comes after the GPUs have been looked at
         store=PrefixStore("group", store),
         rank=cli.rank(),
         world_size=cli.world_size(),
-        timeout=timeout,
+        timeout=timedelta(seconds=settings.timeout),
     )
     problems = list(_check_folder(settings.output_dir))
     nodes = _gather(_describe(settings, cuda, problems))
     found = [*(problem for node in nodes for problem in node.problems), *compare(nodes)]
-    latency, bandwidth = _measure("cuda" if cuda and not any(p.broken for p in found) else "cpu")
+    latency, bandwidth = _measure("cuda" if cuda and not found else "cpu")
     if cli.rank() == 0:
         _report(nodes, found, latency, bandwidth, time.monotonic() - started)
     dist.barrier()
@@ -183,6 +182,9 @@ def _gpus(per_node: int, problems: list[Problem]) -> tuple[list[str], str | None
     import torch
 
     here, names, driver = heartbeat.node_name(), [], None
+    if torch.version.cuda is None:
+        mend = "install its CUDA build, or ask for no GPUs"
+        problems.append(Problem(here, f"torch {torch.__version__} is built without CUDA", mend, False))
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
@@ -262,22 +264,24 @@ def _measure(device: str) -> tuple[float, float]:
     Of one node, which has no links, the second is 0.
     """
     import torch
+    import torch.distributed as dist
 
     small, large = torch.zeros(2, device=device), torch.zeros(_LARGE // 4, device=device)
     size = cli.world_size()
-    latency = _time(small)
+    group = dist.new_group(backend="nccl") if device == "cuda" else None
+    latency = _time(small, group)
     carried = 2 * (size - 1) / size * _LARGE  # of a ring
-    return latency, carried / _time(large)
+    return latency, carried / _time(large, group)
 
 
-def _time(tensor: torch.Tensor) -> float:
+def _time(tensor: torch.Tensor, group: ProcessGroup | None) -> float:
     import torch.distributed as dist
 
     seconds = []
     for _ in range(_TRIES):
         dist.barrier()
         begin = time.perf_counter()
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
         tensor[:1].cpu()  # waits for a GPU
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds[1:])

@@ -1,0 +1,101 @@
+"""What submit.py would have sbatch do. What becomes of it on a cluster: tests/systems/test_slurm.py."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import ROOT, environment
+
+
+def submit(*arguments: str | Path, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
+    command: list[Any] = [sys.executable, "-I", ROOT / "slurm/submit.py", *arguments]
+    env = environment(GFRNN_PYTHON=sys.executable, **extra)
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def calls(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if "sbatch --parsable" in line]
+
+
+def test_one_run_with_its_script(tmp_path: Path) -> None:
+    flags = ["--nodes=2-4", "--gpus-per-node", "8", "--dry-run", "--", "--preset", "gf-lstm-5x700"]
+    done = submit("train", *flags, "--output-dir", "runs/a b", cwd=tmp_path)
+    train = "slurm/train.sbatch --preset gf-lstm-5x700 --output-dir 'runs/a b'"
+    assert calls(done) == [f"sbatch --parsable --nodes=2-4 --gpus-per-node 8 {train}"]
+    assert (ROOT / "slurm/train.sbatch").read_text().rstrip() in done.stdout
+
+
+def test_a_study_has_its_points_and_a_limit(tmp_path: Path) -> None:
+    points = tmp_path / "points.txt"
+    points.write_text("# rows\n--rows 8 --output-dir 'a b'\n\n   --rows 16 # sixteen\n")
+    (call,) = calls(submit("study", "--points", points, "--at-once", "1", "--dry-run", "--", "--max-updates", "9"))
+    assert call == f"sbatch --parsable --array=1-2%1 slurm/study.sbatch {points} --max-updates 9"
+
+
+def test_a_chain_waits_for_its_training() -> None:
+    flags = ["-p", "gpu", "--account=us", "--nodes=4", "--after=--gpus=1", "--export", "--precision int8"]
+    train, evaluate, export = calls(submit("chain", *flags, "--dry-run", "--", "--output-dir", "runs/x"))
+    assert train == "train=$(sbatch --parsable -p gpu --account=us --nodes=4 slurm/train.sbatch --output-dir runs/x)"
+    after = (
+        "sbatch --parsable --partition=gpu --account=us --gpus=1 --dependency=afterok:$train --kill-on-invalid-dep=yes"
+    )
+    assert evaluate == f"{after} slurm/evaluate.sbatch runs/x --json runs/x.json"
+    assert export == f"{after} slurm/export.sbatch runs/x --output runs/x.onnx --precision int8"
+
+
+def test_what_the_site_file_sets_is_shown(tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text("echo a module is loaded\nexport SBATCH_PARTITION=gpu\n")
+    done = submit("train", "--dry-run", GFRNN_SITE=str(site))
+    assert done.stdout.splitlines()[0] == "# SBATCH_PARTITION=gpu"
+    assert "a module is loaded" in done.stderr
+
+
+def test_dry_run_among_the_trainings_flags_is_the_submissions() -> None:
+    (call,) = calls(submit("train", "--", "--rows", "8", "--dry-run"))
+    assert call.endswith("slurm/train.sbatch --rows 8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--dry-run", "--", "--rows", "1O"], "error: Error parsing --rows: "),
+        (["train", "--dry-run", "--", "--roes", "10"], "did you mean --rows"),
+        (["study", "--points", "no/such", "--dry-run"], "error: --points no/such: No such file or directory"),
+        (["study", "--points", "/dev/null", "--dry-run"], "error: --points /dev/null: it has no point"),
+        (["chain", "--dry-run", "--", "--rows", "8"], "error: a chain needs --output-dir after --"),
+        (["study", "--dry-run"], "--points"),
+    ],
+)
+def test_what_cannot_work_is_not_submitted(arguments: list[str], said: str) -> None:
+    done = submit(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_point_that_cannot_work_is_named(tmp_path: Path) -> None:
+    points = tmp_path / "points.txt"
+    points.write_text("--rows 8\n--rows x\n")
+    done = submit("study", "--points", points, "--dry-run")
+    assert (done.returncode, "error: point 2: Error parsing --rows" in done.stderr) == (2, True)
+
+
+def test_without_slurm(tmp_path: Path) -> None:
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    (tmp_path / "env").symlink_to("/usr/bin/env")
+    done = submit("train", PATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "error: there is no sbatch here: submit from a login node" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["submit", "supervise"])
+def test_python_of_login_nodes_is_old(name: str) -> None:
+    ast.parse((ROOT / f"slurm/{name}.py").read_text(), feature_version=(3, 9))
