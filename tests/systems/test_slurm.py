@@ -5,12 +5,16 @@ Where root or Debian's packages are missing the tests are skipped, and say so; w
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +30,7 @@ UPDATES = 300
 FLAGS = [*SMALL, *f"--max-updates {UPDATES} --checkpoint-every 20 --valid-every 100".split()]
 # Adam makes steps of one size of gradients that are rounding alone, unless eps is above them.
 FLAGS += ["--eps", "1e-2", "--learning-rate", "1e-2"]
+CHAIN = {"train": "out", "evaluate": "out-gfrnn-evaluate", "export": "out-gfrnn-export"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,12 +164,55 @@ def test_a_study_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
     assert job.number in cluster.client("scontrol", "show", "job", job.number)
 
 
-def test_a_users_error_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
-    job = cluster.sbatch(tmp_path, "--nodes=2", TRAIN, *FLAGS, "--output-dir", tmp_path / "run", "--rows", "1")
-    assert job.wait() == "FAILED"
-    assert "error: 2 processes cannot share --rows 1: start fewer, or raise --rows" in job.output()
-    shown = job.shown()
-    assert (shown["ExitCode"], shown["Restarts"]) == ("2:0", "0")
+def test_a_chain_is_trained_scored_exported_and_served(
+    cluster: Cluster, expected: dict[int, float], tmp_path: Path
+) -> None:
+    run, submit_py = tmp_path / "run", ROOT / "slurm/submit.py"
+    flags = [*FLAGS, "--output-dir", run]
+    after = f"--output={tmp_path}/out-%x"
+    head = ["chain", "--nodes=2", f"--output={tmp_path}/out", f"--after={after}"]
+    said = cluster.client(sys.executable, submit_py, *head, "--", *flags)
+    kinds = dict(line.split() for line in said.splitlines())
+    jobs = [Job(cluster, kinds[kind], tmp_path / out) for kind, out in CHAIN.items()]
+    assert [job.state for job in jobs[1:]] == ["PENDING", "PENDING"]
+    assert [job.wait() for job in jobs] == ["COMPLETED"] * 3, [job.output() for job in jobs]
+    check(run, expected)
+    scored = json.loads((tmp_path / "run.json").read_text())
+    assert scored["test_bpc"] == pytest.approx(summary(run)["test_bpc"], abs=1e-3)
+
+    serving = cluster.sbatch(tmp_path, ROOT / "slurm/serve.sbatch", tmp_path / "run.onnx")
+    wait(lambda: "serving run (2 x 16, fp32)" in serving.output(), 60, serving.output)
+    found = re.search(r"the key is in (\S+): curl .* (http://\S+)/v1/models", serving.output())
+    assert found is not None
+    key_file, address = Path(found[1]), found[2]
+    try:
+        assert key_file.stat().st_mode & 0o777 == 0o600
+        ask = urllib.request.Request(
+            f"{address}/v1/completions",
+            json.dumps({"model": "run", "prompt": "The ", "max_tokens": 5, "seed": 1}).encode(),
+            {"Authorization": f"Bearer {key_file.read_text()}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(ask, timeout=30) as answer:
+            assert len(json.load(answer)["choices"][0]["text"]) >= 1
+        del ask.headers["Authorization"]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(ask, timeout=30)
+    finally:
+        key_file.unlink()
+    cluster.client("scancel", serving.number)
+    assert serving.wait() == "CANCELLED"
+
+
+def test_a_chain_ends_where_its_training_fails(cluster: Cluster, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--rows", "1", "--output-dir", tmp_path / "run"]
+    head = ["chain", "--nodes=2", f"--output={tmp_path}/out", f"--after=--output={tmp_path}/out-%x"]
+    said = cluster.client(sys.executable, ROOT / "slurm/submit.py", *head, "--", *flags)
+    kinds = dict(line.split() for line in said.splitlines())
+    train, evaluate, export = (Job(cluster, kinds[kind], tmp_path / out) for kind, out in CHAIN.items())
+    assert train.wait() == "FAILED"
+    assert "error: 2 processes cannot share --rows 1: start fewer, or raise --rows" in train.output()
+    assert (train.shown()["ExitCode"], train.shown()["Restarts"]) == ("2:0", "0")  # a user's error, so not tried again
+    assert [job.wait() for job in (evaluate, export)] == ["CANCELLED", "CANCELLED"]
 
 
 # Warnings -----------------------------------------------------------------------------------------------------------
@@ -207,6 +255,20 @@ def test_a_job_of_a_higher_partition_comes_between(
     assert job.ends(run)[0]["cause"] == "stopped", job.output()
     assert job.wait() == "COMPLETED", job.output()
     check(run, expected)
+
+
+def test_a_time_limit_is_one_of_many(cluster: Cluster, tmp_path: Path) -> None:
+    """SLURM's own warning, some time before the end, so that longer trainings go on job after job."""
+    run = tmp_path / "run"
+    flags = [*SMALL, "--max-updates", "1000000", "--checkpoint-every", "0", "--valid-every", "0"]
+    limit = ["--time=1", "--signal=B:USR1@20"]
+    job = cluster.sbatch(tmp_path, "--nodes=1", *limit, TRAIN, *flags, "--output-dir", run)
+    wait(lambda: job.shown()["Restarts"] == "1", 120, job.output)
+    stopped = job.ends(run)[0]
+    assert (stopped["cause"], stopped["why"]) == ("stopped", "stopped with a checkpoint")
+    assert "SIGUSR1 from SLURM: a checkpoint, and then a requeue" in job.output()
+    wait(lambda: f"resumed at update {stopped['step']}" in job.output(), 60, job.output)
+    assert "DUE TO TIME LIMIT" not in job.output()
 
 
 # What breaks --------------------------------------------------------------------------------------------------------
