@@ -84,16 +84,17 @@ def start_ranks(
     *,
     only: int | None = None,
     extra: Callable[[int], dict[str, str]] = lambda rank: {},
+    where: Callable[[int], list[str]] = lambda rank: [],
 ) -> list[subprocess.Popen[str]]:
     """python COMMAND, one process a rank without a launcher: as SLURM starts them.
 
-    only: the first so many. extra: more of the environment, by rank.
+    only: the first so many. extra: more of the environment, by rank. where: what stands before its command.
     """
-    where = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env=environment(**{"RANK": str(rank), "LOCAL_RANK": str(rank), **where, **extra(rank)}),
+            [*where(rank), sys.executable, *map(str, command)],
+            env=environment(**{"RANK": str(rank), "LOCAL_RANK": str(rank), **group, **extra(rank)}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

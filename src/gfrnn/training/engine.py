@@ -50,6 +50,9 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> torch.device
     network.choose_interface()
     # The shared-memory all-reduce for CPUs is compiled at first use (71 s, a hang after a killed build); gloo does.
     vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
+    # DeepSpeed makes groups of its own, for gradients too, and these take torch's default
+    defaults = vars(importlib.import_module("torch.distributed.distributed_c10d"))
+    defaults["default_pg_timeout"] = defaults["default_pg_nccl_timeout"] = timeout
     try:
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:

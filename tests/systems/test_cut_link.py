@@ -1,0 +1,88 @@
+"""Two hosts, a cable, and no cluster's software: what becomes of a training when the cable is pulled (needs root)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import lines, wait
+
+from launch import ROOT, SMALL, losses, metrics, start_ranks, summary, train
+
+UPDATES = 300
+FLAGS = [*SMALL, *f"--max-updates {UPDATES} --checkpoint-every 20 --valid-every 100".split()]
+FLAGS += ["--eps", "1e-2", "--learning-rate", "1e-2"]  # for losses that are the same: see test_slurm.py
+HOSTS = [f"gfrnn{os.getpid()}{end}" for end in "ab"]
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def cable(state: str) -> None:
+    """up or down."""
+    ip("-n", HOSTS[0], "link", "set", "eth0", state)
+
+
+@pytest.fixture
+def _hosts() -> Iterator[None]:
+    """Network namespaces, 10.78.0.1 and .2; that a name stands for neither is part of it."""
+    try:
+        for host in HOSTS:
+            ip("netns", "add", host)
+        ip("link", "add", "eth0", "netns", HOSTS[0], "type", "veth", "peer", "name", "eth0", "netns", HOSTS[1])
+        for number, host in enumerate(HOSTS, 1):
+            ip("-n", host, "addr", "add", f"10.78.0.{number}/24", "dev", "eth0")
+            ip("-n", host, "link", "set", "eth0", "up")
+            ip("-n", host, "link", "set", "lo", "up")
+        yield
+    finally:
+        for host in HOSTS:
+            subprocess.run(["ip", "netns", "del", host], check=False, stderr=subprocess.DEVNULL)
+
+
+def start(run: Path, *flags: str) -> list[subprocess.Popen[str]]:
+    """A rank a host."""
+    return start_ranks(
+        [ROOT / "src/train.py", *FLAGS, "--output-dir", run, *flags],
+        2,
+        extra=lambda rank: {"MASTER_ADDR": "10.78.0.1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"},
+        where=lambda rank: ["ip", "netns", "exec", HOSTS[rank]],
+    )
+
+
+@pytest.mark.usefixtures("_hosts")
+def test_a_cable_is_pulled_and_put_back(tmp_path: Path) -> None:
+    """For a moment: nothing is lost. For longer than a collective may take: both ends say so, and then it goes on."""
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    status, _, err = train(alone, FLAGS)
+    assert status == 0, err
+
+    ranks = start(run, "--collective-timeout", "0.1")
+    wait(lambda: lines(run) >= 30, 60)
+    cable("down")
+    before = lines(run)
+    time.sleep(3)
+    assert lines(run) <= before + 2
+    cable("up")
+    wait(lambda: lines(run) > before + 10, 30)
+
+    cable("down")
+    began = time.monotonic()
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert time.monotonic() - began < 20
+    assert [rank.returncode for rank in ranks] == [3, 3], said
+    for words in said:
+        assert "failed: another process gives no sign" in words
+        assert "Traceback" not in words
+    cable("up")
+
+    said = [rank.communicate(timeout=120)[1] for rank in start(run)]
+    assert "resumed at update " in said[0]
+    assert summary(run)["finished"]
+    assert [line["step"] for line in metrics(run) if "train_bpc" in line] == list(range(1, UPDATES + 1))
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
