@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# What is peculiar to one cluster, in one place: every batch script reads it; on the login node `. slurm/site.sh` before sbatch.
+# What is peculiar to one cluster, in one place: submit.py and every batch script read it; before a bare sbatch, `. slurm/site.sh`.
 # Everything may stay as it is; sbatch's own flags win over it.
 
 # --- where jobs go: sbatch reads these itself (man sbatch, INPUT ENVIRONMENT VARIABLES)

@@ -61,8 +61,8 @@ class Cluster:
         return Job(self, said.strip(), output)
 
     def wait_for_nodes(self) -> None:
-        """Until both are up and idle."""
-        wait(lambda: self.client("sinfo", "-h", "-p", "batch", "-t", "idle", "-o", "%D").strip() == "2", 90)
+        """Until both are up and idle; to sinfo's -t a node that a job is still leaving is idle too."""
+        wait(lambda: self.client("sinfo", "-h", "-p", "batch", "-o", "%t %D").strip() == "idle 2", 90)
 
 
 class Job:
