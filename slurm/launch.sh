@@ -78,7 +78,7 @@ train_here() {
   export GFRNN_CONTROL GFRNN_PER_NODE=$per_node
   mkdir -p "$GFRNN_CONTROL"
   for node in $GFRNN_NODES; do echo "$node slots=$per_node"; done > "$GFRNN_CONTROL/hostfile"
-  echo "$(date +%T) job $SLURM_JOB_ID, restart $restart: $per_node processes on each of $GFRNN_NODES; $MASTER_ADDR:$MASTER_PORT; $run"
+  echo "$(date +%T) job $SLURM_JOB_ID, restart $restart: $per_node a node on $GFRNN_NODES; $MASTER_ADDR:$MASTER_PORT; $run"
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || cores=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
   # --wait, --kill-on-bad-exit: who has failed, and when to give up, is the supervisor's to say
   step=(srun --nodes="$SLURM_JOB_NUM_NODES" --wait=0 --kill-on-bad-exit=0 "${cores[@]}")

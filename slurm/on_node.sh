@@ -22,7 +22,7 @@ if [ "$what" = training ] && [ "$SLURM_STEP_NUM_TASKS" -eq "$SLURM_STEP_NUM_NODE
     for node in $GFRNN_NODES; do echo "$node slots=$((${devices[-1]} + 1))"; done > "$hostfile"
     include=(--include "$(for node in $GFRNN_NODES; do echo "$node:$ids"; done | paste -sd @)")
   fi
-  exec "${python[@]}" -m deepspeed.launcher.runner --quiet --hostfile "$hostfile" "${include[@]}" --no_ssh \
+  exec "${python[@]}" -m deepspeed.launcher.runner --log_level critical --hostfile "$hostfile" "${include[@]}" --no_ssh \
     --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
 fi
 

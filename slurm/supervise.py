@@ -15,6 +15,7 @@ It runs where SLURM's programs are, so outside a container, and needs Python 3.9
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -139,7 +140,7 @@ class Ranks:
 def judge(ranks: Ranks, status: int, *, finished: bool, trouble: Verdict | None, stopping: bool) -> Verdict:
     """How a start ended, from what the ranks said last, srun's status, summary.json, and what was seen before."""
     if finished:
-        return Verdict("finished", "the run has finished", FINISHED)
+        return Verdict("finished", "", FINISHED)
     taken = ranks.of_kind("taken over")
     if taken is not None:
         return Verdict("taken over", ranks.records[taken]["ended"]["reason"], STOPPED)
@@ -152,7 +153,7 @@ def judge(ranks: Ranks, status: int, *, finished: bool, trouble: Verdict | None,
     if final is None and status in (USER, FAILED) and not ranks.records:
         return Verdict("given up", "the programs did not start", status)
     if ranks.of_kind("stopped") is not None or (status == STOPPED and ranks.of_kind("lost", "error") is None):
-        return Verdict("stopped", "stopped with a checkpoint", STOPPED)
+        return Verdict("stopped", "with a checkpoint", STOPPED)
     if final is not None:
         return ranks.failed([final], ranks.records[final]["ended"]["reason"])
     gone = ranks.first_gone()
@@ -169,11 +170,14 @@ class Job:
 
     def __init__(self) -> None:
         self.id = os.environ["SLURM_JOB_ID"]
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        # one task of an array has the array's own number, and by that number scontrol means all tasks
+        self.name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else self.id
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
     def shown(self) -> dict[str, str]:
         """`scontrol show job`; nothing if SLURM does not answer."""
-        _, said = slurm("scontrol", "show", "job", self.id)
+        _, said = slurm("scontrol", "show", "job", self.name)
         return dict(re.findall(r"(\S+?)=(\S*)", said))
 
     def is_ours(self, shown: dict[str, str]) -> bool:
@@ -182,7 +186,7 @@ class Job:
 
     def requeue(self) -> str | None:
         """Asks SLURM to start this job again; returns why not."""
-        status, said = slurm("scontrol", "requeue", self.id)
+        status, said = slurm("scontrol", "requeue", self.name)
         return None if status == 0 else said
 
     def exclude(self, node: str) -> str:
@@ -197,7 +201,7 @@ class Job:
         if len(others) < least:
             up = " ".join(sorted(others)) or "none"
             return f"{node} is not excluded: the job needs {least} nodes, and of others there are: {up}"
-        status, said = slurm("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(sorted(excluded))}")
+        status, said = slurm("scontrol", "update", f"JobId={self.name}", f"ExcNodeList={','.join(sorted(excluded))}")
         return f"{node} is excluded" if status == 0 else f"{node} could not be excluded: {said}"
 
     def _least_nodes(self, shown: dict[str, str]) -> int:
@@ -327,11 +331,13 @@ class Supervisor:
             return 0
 
     def ends(self) -> list[Record]:
-        """How earlier starts of this job ended."""
-        try:
-            return [json.loads(line) for line in self._ends_path.read_text().splitlines()]
-        except (OSError, ValueError):
-            return []
+        """How earlier starts of this job ended; without lines that a full disk has torn."""
+        found: list[Record] = []
+        with contextlib.suppress(OSError):
+            for line in self._ends_path.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return found
 
     @property
     def _ends_path(self) -> Path:
@@ -339,8 +345,12 @@ class Supervisor:
 
     def note(self, verdict: Verdict, restart: int) -> None:
         """Keeps how a start ended."""
-        with self._ends_path.open("a") as f:
-            f.write(json.dumps({"restart": restart, "step": self.last_step(), **verdict._asdict()}) + "\n")
+        line = json.dumps({"restart": restart, "step": self.last_step(), **verdict._asdict()})
+        try:
+            with self._ends_path.open("a") as f:
+                f.write(line + "\n")
+        except OSError as error:
+            say(f"{self._ends_path} cannot be written ({error.strerror}): {line}")
 
     def note_lost_start(self) -> None:
         """If the start before this one could not say how it ended, SLURM ended it: says whom it heard of least."""
@@ -364,7 +374,7 @@ class Supervisor:
     def conclude(self, verdict: Verdict) -> int:
         """Requeues, or gives the job's status."""
         self.note(verdict, self.job.restart)
-        say(f"{verdict.cause}: {verdict.why}")
+        say(f"{verdict.cause}: {verdict.why}" if verdict.why else verdict.cause)
         if verdict.cause in ("finished", "taken over", "given up"):
             return verdict.status
         if verdict.cause == "failed" and self.failures() >= FAILURES_ALLOWED:
@@ -374,7 +384,7 @@ class Supervisor:
             return FAILED
         shown = self.job.shown()
         if not self.job.is_ours(shown):
-            say(f"restart {shown['Restarts']} of job {self.job.id} goes on; nothing is left to do here")
+            say(f"restart {shown['Restarts']} of job {self.job.name} goes on; nothing is left to do here")
             return STOPPED
         if shown.get("JobState") not in ("RUNNING", "COMPLETING", None):
             say(f"the job is {shown['JobState']}: not requeued by itself; the same sbatch line goes on")

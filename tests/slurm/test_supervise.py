@@ -156,7 +156,7 @@ def test_status_0_alone_is_not_finished(fleet: Fleet) -> None:
 def test_stopped(fleet: Fleet) -> None:
     for rank in range(4):
         fleet.say(rank, ended=("stopped", "SIGUSR1 at update 7"))
-    assert fleet.end(75) == Verdict("stopped", "stopped with a checkpoint", STOPPED)
+    assert fleet.end(75) == Verdict("stopped", "with a checkpoint", STOPPED)
 
 
 def test_a_rank_killed_while_stopping_is_still_a_stop(fleet: Fleet) -> None:

@@ -88,8 +88,9 @@ class Job:
         return self.state
 
     def ends(self, run: Path) -> list[dict[str, Any]]:
-        """How each of its starts ended."""
-        return [json.loads(line) for line in (run / f".job-{self.number}/ends.jsonl").read_text().splitlines()]
+        """How each of its starts (or those of an array's task) ended."""
+        (path,) = run.glob(".job-*/ends.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
     def rank(self, run: Path, rank: int, restart: int = 0) -> dict[str, Any]:
         """What a rank said of itself last."""

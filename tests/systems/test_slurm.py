@@ -167,6 +167,24 @@ def test_a_study_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
     assert job.number in cluster.client("scontrol", "show", "job", job.number)
 
 
+def test_a_point_goes_on_by_itself(cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
+    """Also the one whose number is the array's: a requeue by that number would be of all points."""
+    points = tmp_path / "points.txt"
+    points.write_text(f"--output-dir {tmp_path}/1\n--output-dir {tmp_path}/2\n")
+    job = cluster.sbatch(tmp_path, "--array=1-2", ROOT / "slurm/study.sbatch", points, *FLAGS)
+    for number in (1, 2):
+        under_way(job, tmp_path / str(number))
+    (run,) = (folder for folder in (tmp_path / "1", tmp_path / "2") if (folder / f".job-{job.number}").exists())
+    job.signal_rank(run, 0, signal.SIGKILL)
+    for number in (1, 2):
+        wait((tmp_path / str(number) / "summary.json").exists, 120, (tmp_path / f"out-{number}").read_text)
+    wait(lambda: not cluster.client("squeue", "-h").strip(), 30, lambda: cluster.client("squeue"))
+    causes = {folder.name: [end["cause"] for end in job.ends(folder)] for folder in (tmp_path / "1", tmp_path / "2")}
+    assert sorted(causes.values()) == [["failed", "finished"], ["finished"]]
+    for number in (1, 2):
+        check(tmp_path / str(number), expected)
+
+
 def test_a_chain_is_trained_scored_exported_and_served(
     cluster: Cluster, expected: dict[int, float], tmp_path: Path
 ) -> None:
@@ -270,7 +288,7 @@ def test_a_time_limit_is_one_of_many(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.sbatch(tmp_path, "--nodes=1", *limit, TRAIN, *flags, "--output-dir", run)
     wait(lambda: job.shown()["Restarts"] == "1", 120, job.output)
     stopped = job.ends(run)[0]
-    assert (stopped["cause"], stopped["why"]) == ("stopped", "stopped with a checkpoint")
+    assert (stopped["cause"], stopped["why"]) == ("stopped", "with a checkpoint")
     assert "SIGUSR1 from SLURM: a checkpoint, and then a requeue" in job.output()
     wait(lambda: f"resumed at update {stopped['step']}" in job.output(), 60, job.output)
     assert "DUE TO TIME LIMIT" not in job.output()
