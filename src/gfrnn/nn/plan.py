@@ -1,7 +1,7 @@
 """What a recurrence computes, apart from its numbers: read by the plain loop and by the Function alike.
 
 Legend: T steps, B rows, L layers, H units, I inputs, K = G * H + Lg rows of a layer's pre-activation in the order
-candidate, unit gates, global gates (G * H of config.py, then Lg = L with gated feedback, else 0).
+candidate, unit gates, global gates (G * H of gfrnn.config, then Lg = L with gated feedback, else 0).
 """
 
 from __future__ import annotations

@@ -1,0 +1,76 @@
+"""Every setting as dataclasses, the named presets, and what sizes they imply.
+
+Imports nothing heavy: ``--help``, ``--preset list`` and a user's errors must answer before torch is loaded.
+Settings own sizes, optimizer, schedule and clipping; a DeepSpeed config file owns the strategy only.
+"""
+
+from gfrnn.config.counting import Sizes, matched_stack, model_sizes, networks, sizes
+from gfrnn.config.presets import TASK_PRESETS, preset, preset_note, presets
+from gfrnn.config.settings import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    GATES,
+    LADDERS,
+    MOST_LENGTH,
+    MOST_NESTING,
+    PAPER_SYMBOLS,
+    PROGRAM_SYMBOLS,
+    TARGET_SYMBOLS,
+    BatchSettings,
+    Curriculum,
+    DataSettings,
+    Feedback,
+    ModelSettings,
+    OptimizerSettings,
+    ProgramSettings,
+    RunFailed,
+    RunSettings,
+    Settings,
+    Stopped,
+    Task,
+    UnitGates,
+    UserError,
+)
+from gfrnn.config.validation import check_difficulty, validate, without_effect
+
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_FINISHED",
+    "EXIT_STOPPED",
+    "EXIT_USER",
+    "GATES",
+    "LADDERS",
+    "MOST_LENGTH",
+    "MOST_NESTING",
+    "PAPER_SYMBOLS",
+    "PROGRAM_SYMBOLS",
+    "TARGET_SYMBOLS",
+    "TASK_PRESETS",
+    "BatchSettings",
+    "Curriculum",
+    "DataSettings",
+    "Feedback",
+    "ModelSettings",
+    "OptimizerSettings",
+    "ProgramSettings",
+    "RunFailed",
+    "RunSettings",
+    "Settings",
+    "Sizes",
+    "Stopped",
+    "Task",
+    "UnitGates",
+    "UserError",
+    "check_difficulty",
+    "matched_stack",
+    "model_sizes",
+    "networks",
+    "preset",
+    "preset_note",
+    "presets",
+    "sizes",
+    "validate",
+    "without_effect",
+]
