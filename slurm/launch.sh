@@ -82,7 +82,9 @@ train_here() {
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || cores=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
   # --wait, --kill-on-bad-exit: who has failed, and when to give up, is the supervisor's to say
   step=(srun --nodes="$SLURM_JOB_NUM_NODES" --wait=0 --kill-on-bad-exit=0 "${cores[@]}")
-  local each_node=("${step[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+  # one task sees all GPUs of its node, also where the job's own tasks were to have one each
+  local each_node=(env -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK)
+  each_node+=("${step[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
   local training=("${each_node[@]}")
   [ "${SLURM_NTASKS:-1}" -le "$SLURM_JOB_NUM_NODES" ] || training=("${step[@]}" --ntasks="$SLURM_NTASKS")
   exec "$on_host" slurm/supervise.py --output-dir "$run" \

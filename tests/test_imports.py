@@ -12,8 +12,8 @@ import pytest
 from launch import ROOT, environment
 
 PACKAGE = ROOT / "src/gfrnn"
-ORDER = ("config", "cli", "nn", "data", "runs", "training")
-"""config <- nn <- data <- runs <- training; cli is above config alone."""
+ORDER = ("config", "cli", "nn", "data", "runs", "training", "scaling")
+"""config <- nn <- data <- runs <- training <- scaling; cli is above config alone."""
 
 
 def imported(path: Path) -> set[str]:

@@ -130,7 +130,7 @@ class Trainer:
         profiler = UpdateProfiler(run.profile, trace, self.progress.say)
         with self.progress, contextlib.closing(profiler):
             while self.position.step < self.total:
-                done = self._update()
+                done = self.update()
                 profiler.step()
                 step = self.position.step
                 if step % run.log_every == 0 or step == self.total:
@@ -151,7 +151,7 @@ class Trainer:
                 self._validate()
         return self._finish()
 
-    def _update(self) -> Done:
+    def update(self) -> Done:
         """One update over the global batch."""
         begin = time.perf_counter()
         batch, task, step = self.settings.batch, self.task, self.position.step

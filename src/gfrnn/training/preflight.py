@@ -68,6 +68,8 @@ class Node:
     cores: int
     clock: float
     """time.time() right after all have met."""
+    visible_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES, which SLURM sets."""
     gpus: list[str] = field(default_factory=list)
     driver: str | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -174,7 +176,8 @@ def _describe(settings: PreflightSettings, cuda: bool, problems: list[Problem]) 
         problems.append(Problem(here, f"{settings.per_node} processes have {cores} cores", mend, False))
     commit, found = git_commit(), versions()
     dist.barrier()  # the last before the clock is looked at
-    return Node(here, network.here(), commit, found, cores, time.time(), gpus, driver, problems)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return Node(here, network.here(), commit, found, cores, time.time(), visible, gpus, driver, problems)
 
 
 def _gpus(per_node: int, problems: list[Problem]) -> tuple[list[str], str | None]:
