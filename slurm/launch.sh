@@ -26,7 +26,7 @@ restart=${SLURM_RESTART_COUNT:-0}
 
 # The first node's address, which is this one's: of the interface in site.sh, or as SLURM reaches it.
 if [ -n "${GFRNN_INTERFACE:-}" ]; then
-  MASTER_ADDR=$(ip -o addr show dev "$GFRNN_INTERFACE" | awk '$3 ~ /^inet/ {sub("/.*", "", $4); print $4; exit}')
+  MASTER_ADDR=$(ip -o addr show dev "$GFRNN_INTERFACE" | awk '$3 ~ /^inet/ {sub("/.*", "", $4); print $4; exit}' || true)
   [ -n "$MASTER_ADDR" ] || die "$(hostname) has no network interface $GFRNN_INTERFACE; GFRNN_INTERFACE is another here"
   export GLOO_SOCKET_IFNAME=$GFRNN_INTERFACE NCCL_SOCKET_IFNAME="=$GFRNN_INTERFACE"
 else
@@ -38,6 +38,9 @@ port=$((20000 + 2 * ((SLURM_JOB_ID + 1009 * restart) % 6000)))
 MASTER_PORT=$((port + 1))
 GFRNN_RESTART=$SLURM_JOB_ID.$restart
 export GFRNN_NODES GFRNN_RESTART MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
+
+# What srun takes from sbatch only where this says so, since SLURM 22.05
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # python_here PROGRAM...: becomes `python PROGRAM...` on the first node
 python_here() { exec srun --nodes=1 --ntasks=1 "${python[@]}" "$@"; }
@@ -64,7 +67,7 @@ value_of() {
 
 # train_here FLAGS...: becomes the supervisor of `train.py FLAGS` on all nodes of the job
 train_here() {
-  local run per_node node cores=() step
+  local run per_node node step cores=${SLURM_CPUS_PER_TASK:-}
   run=$(value_of --output-dir "$@")
   if [ -z "$run" ]; then
     run=runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
@@ -79,16 +82,16 @@ train_here() {
   mkdir -p "$GFRNN_CONTROL"
   for node in $GFRNN_NODES; do echo "$node slots=$per_node"; done > "$GFRNN_CONTROL/hostfile"
   echo "$(date +%T) job $SLURM_JOB_ID, restart $restart: $per_node a node on $GFRNN_NODES; $MASTER_ADDR:$MASTER_PORT; $run"
-  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || cores=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
   # --wait, --kill-on-bad-exit: who has failed, and when to give up, is the supervisor's to say
-  step=(srun --nodes="$SLURM_JOB_NUM_NODES" --wait=0 --kill-on-bad-exit=0 "${cores[@]}")
-  # one task sees all GPUs of its node, also where the job's own tasks were to have one each
+  step=(srun --nodes="$SLURM_JOB_NUM_NODES" --wait=0 --kill-on-bad-exit=0)
+  # one task sees all cores and GPUs that the job has of a node, also where its own tasks were to have a part each
   local each_node=(env -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK)
   each_node+=("${step[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+  [ -z "$cores" ] || each_node+=(--cpus-per-task=$((cores * (${SLURM_NTASKS:-1} > SLURM_JOB_NUM_NODES ? SLURM_NTASKS / SLURM_JOB_NUM_NODES : 1))))
   local training=("${each_node[@]}")
   [ "${SLURM_NTASKS:-1}" -le "$SLURM_JOB_NUM_NODES" ] || training=("${step[@]}" --ntasks="$SLURM_NTASKS")
   exec "$on_host" slurm/supervise.py --output-dir "$run" \
     --preflight "${each_node[@]}" bash slurm/on_node.sh preflight "$port" "${python[@]}" -m gfrnn.training.preflight \
-    --output-dir "$run" --per-node "$per_node" \
+    --output-dir "$run" --per-node "$per_node" --timeout "${GFRNN_START_SECONDS:-300}" \
     --training "${training[@]}" bash slurm/on_node.sh training "$MASTER_PORT" "${python[@]}" src/train.py "$@"
 }

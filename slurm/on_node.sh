@@ -26,7 +26,8 @@ if [ "$what" = training ] && [ "$SLURM_STEP_NUM_TASKS" -eq "$SLURM_STEP_NUM_NODE
     --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
 fi
 
-export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$GFRNN_PER_NODE
+[ "$what" = preflight ] || [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 case ${CUDA_VISIBLE_DEVICES:-} in
   *,* | "") ;;
   *) LOCAL_RANK=0;;   # --gpus-per-task=1: each task sees its own GPU alone

@@ -73,8 +73,9 @@ def plan(arguments: argparse.Namespace, sbatch: list[str], flags: list[str]) -> 
         raise Error("a chain needs --output-dir after --: the evaluation and the export must know the run folder")
     where = [f"--{name}={value}" for name, value in values_of(sbatch, *WHERE).items()]
     after = [*where, *shlex.split(arguments.after)]
-    evaluation = [run, "--json", f"{run}.json", *shlex.split(arguments.evaluate)]
-    export = [run, "--output", f"{run}.onnx", *shlex.split(arguments.export)]
+    run = os.path.normpath(run)  # runs/large/ too: what is made of it stands beside it
+    evaluation = [run, "--json", f"{run}.json", *shlex.split(arguments.evaluate_flags)]
+    export = [run, "--output", f"{run}.onnx", *shlex.split(arguments.export_flags)]
     return [
         Job("train", sbatch, "train", flags),
         Job("evaluate", after, "evaluate", evaluation),
@@ -136,7 +137,7 @@ def check(jobs: list[Job], arguments: argparse.Namespace, environment: dict[str,
         done = subprocess.run([*command, *each], cwd=HOME, env=environment, capture_output=True)
         said = done.stderr.decode(errors="replace").strip().splitlines()
         if done.returncode == USER:
-            raise Error(name + said[-1].replace("error: ", "", 1))
+            raise Error(name + (said[-1].replace("error: ", "", 1) if said else "refused"))
         if done.returncode != 0:
             return say(f"src/train.py cannot run on this machine ({said[-1] if said else done.returncode})")
     return None
@@ -213,8 +214,8 @@ def main() -> None:
             sub.add_argument("--points", type=Path, required=True, help="a line is flags of src/train.py")
             sub.add_argument("--at-once", type=int, default=0, metavar="N", help="how many may run together; 0: all")
         if kind == "chain":
-            sub.add_argument("--evaluate", default="", metavar="FLAGS", help="more flags for src/evaluate.py")
-            sub.add_argument("--export", default="", metavar="FLAGS", help="more flags for export/to_onnx.py")
+            sub.add_argument("--evaluate-flags", default="", metavar="FLAGS", help="more flags for src/evaluate.py")
+            sub.add_argument("--export-flags", default="", metavar="FLAGS", help="more flags for export/to_onnx.py")
             sub.add_argument("--after", default="", metavar="FLAGS", help="sbatch's flags for these two jobs")
     arguments, sbatch = parser.parse_known_args(head)
     try:

@@ -184,6 +184,11 @@ class Job:
         """Whether no later restart has begun while this process lived on unseen (its slurmd was lost, say)."""
         return int(shown.get("Restarts", self.restart)) == self.restart
 
+    def is_out_of_time(self, shown: dict[str, str]) -> bool:
+        """Whether the job has had all of its time: then SLURM is ending it, else a user."""
+        limit, spent = (_seconds(shown.get(name, "")) for name in ("TimeLimit", "RunTime"))
+        return limit is not None and spent is not None and spent >= limit
+
     def requeue(self) -> str | None:
         """Asks SLURM to start this job again; returns why not."""
         status, said = slurm("scontrol", "requeue", self.name)
@@ -221,10 +226,19 @@ class Job:
         return int(found[1]) if found else int(os.environ["SLURM_JOB_NUM_NODES"])
 
     def _usable(self, partition: str) -> set[str]:
-        _, said = slurm("sinfo", "--noheader", "--Node", "--partition", partition, "--format", "%N %t")
+        status, said = slurm("sinfo", "--noheader", "--Node", "--partition", partition, "--format", "%N %t")
         unusable = ("down", "drain", "drng", "fail", "maint", "unk", "boot", "pow")
-        states = [line.split() for line in said.splitlines()]
+        states = [line.split() for line in said.splitlines()] if status == 0 else []
         return {name for name, state in states if not state.startswith(unusable) and not state.endswith("*")}
+
+
+def _seconds(text: str) -> int | None:
+    """Of [DAYS-]HH:MM:SS; None for words."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def slurm(*command: str) -> tuple[int, str]:
@@ -234,7 +248,7 @@ def slurm(*command: str) -> tuple[int, str]:
     """
     while True:
         done = subprocess.run(command, capture_output=True)
-        if done.returncode >= 0:
+        if done.returncode != -signal.SIGTERM:
             said = done.stdout.decode(errors="replace") or " ".join(done.stderr.decode(errors="replace").split())
             return done.returncode, said.strip()
 
@@ -259,12 +273,13 @@ class Supervisor:
 
     def preflight(self, command: Sequence[str]) -> Verdict | None:
         """Why there is nothing to train, if so."""
-        deadline = time.monotonic() + self.limits.start
+        limit = self.limits.start + 60  # nodes wait for one another as long as that, and say who is missing
+        deadline = time.monotonic() + limit
 
         def look() -> Verdict | None:
             if time.monotonic() < deadline:
                 return None
-            return Verdict("failed", f"preflight did not end within {self.limits.start:g} s", FAILED)
+            return Verdict("failed", f"preflight did not end within {limit:g} s", FAILED)
 
         status, trouble = self._wait_for(subprocess.Popen(command), look)
         if self.signal is not None:
@@ -279,7 +294,9 @@ class Supervisor:
         broken = [problem for problem in problems if problem["broken"]]
         if broken:
             return Verdict("failed", f"{broken[0]['node']}: {broken[0]['what']}", FAILED, None, broken[0]["node"])
-        return Verdict("given up", "preflight was not passed", USER if problems else status)
+        if problems:
+            return Verdict("given up", "preflight was not passed", USER)
+        return Verdict("failed", f"preflight ended with status {status}", FAILED)
 
     def train(self, command: Sequence[str]) -> Verdict:
         """Trains, and says how it ended."""
@@ -309,7 +326,8 @@ class Supervisor:
             if self.signal is not None and stopped_at is None:
                 stopped_at = time.monotonic()
                 say(f"{self.signal} from SLURM: a checkpoint, and then a requeue")
-                (self.control / "stop").write_text(f"{self.signal} from SLURM\n")
+                with contextlib.suppress(OSError):  # on a full disk the file is made, and is enough
+                    (self.control / "stop").write_text(f"{self.signal} from SLURM\n")
             if stopped_at is not None and time.monotonic() - stopped_at > self.limits.stop:
                 return FAILED, Verdict("stopped", f"did not stop within {self.limits.stop:g} s", STOPPED)
         return step.returncode, None
@@ -363,31 +381,41 @@ class Supervisor:
             last = json.loads(min(beats)[1].read_text())
             who = f"; rank {last['rank']} on {last['node']} fell silent first, at update {last['step']}"
         verdict = Verdict("failed", f"SLURM ended restart {before} by itself: a node was lost{who}", FAILED)
+        if (self.control.parent / str(before) / "stop").exists():
+            verdict = Verdict(
+                "stopped", f"restart {before} was warned, and was ended before it had saved{who}", STOPPED
+            )
         say(verdict.why)
         self.note(verdict, before)
 
-    def failures(self) -> int:
-        """Failures so far since the latest checkpoint was written."""
+    def ends_here(self, cause: str) -> int:
+        """How many starts have ended so since the latest checkpoint was written."""
         step = self.last_step()
-        return sum(end["cause"] == "failed" and end["step"] == step for end in self.ends())
+        return sum(end["cause"] == cause and end["step"] == step for end in self.ends())
 
     def conclude(self, verdict: Verdict) -> int:
         """Requeues, or gives the job's status."""
-        self.note(verdict, self.job.restart)
-        say(f"{verdict.cause}: {verdict.why}" if verdict.why else verdict.cause)
-        if verdict.cause in ("finished", "taken over", "given up"):
-            return verdict.status
-        if verdict.cause == "failed" and self.failures() >= FAILURES_ALLOWED:
-            step = self.last_step()
-            where = f"after the checkpoint of update {step}" if step else "before the first checkpoint"
-            say(f"given up: failed {self.failures()} times {where}; the last time: {verdict.why}")
-            return FAILED
         shown = self.job.shown()
         if not self.job.is_ours(shown):
             say(f"restart {shown['Restarts']} of job {self.job.name} goes on; nothing is left to do here")
             return STOPPED
-        if shown.get("JobState") not in ("RUNNING", "COMPLETING", None):
-            say(f"the job is {shown['JobState']}: not requeued by itself; the same sbatch line goes on")
+        self.note(verdict, self.job.restart)
+        say(f"{verdict.cause}: {verdict.why}" if verdict.why else verdict.cause)
+        if verdict.cause in ("finished", "taken over", "given up"):
+            return verdict.status
+        step = self.last_step()
+        where = f"after the checkpoint of update {step}" if step else "before the first checkpoint"
+        if verdict.cause == "failed" and self.ends_here("failed") >= FAILURES_ALLOWED:
+            say(f"given up: failed {self.ends_here('failed')} times {where}; the last time: {verdict.why}")
+            return FAILED
+        if verdict.cause == "stopped" and self.ends_here("stopped") > FAILURES_ALLOWED:  # one of them saved it
+            say(
+                f"given up: stopped again and again {where}, with no update in between; raise --time, or lower --signal"
+            )
+            return FAILED
+        state = shown.get("JobState", "RUNNING")
+        if state != "RUNNING" and not (state == "COMPLETING" and self.job.is_out_of_time(shown)):
+            say(f"the job was cancelled ({state}): not requeued; the same sbatch line goes on")
             return STOPPED
         refused = self.job.requeue()
         if refused is not None:

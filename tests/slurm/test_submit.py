@@ -40,9 +40,9 @@ def test_a_study_has_its_points_and_a_limit(tmp_path: Path) -> None:
 
 
 def test_a_chain_waits_for_its_training() -> None:
-    flags = ["-p", "gpu", "--account=us", "--nodes=4", "--after=--gpus=1", "--export", "--precision int8"]
-    train, evaluate, export = calls(submit("chain", *flags, "--dry-run", "--", "--output-dir", "runs/x"))
-    assert train == "train=$(sbatch --parsable -p gpu --account=us --nodes=4 slurm/train.sbatch --output-dir runs/x)"
+    flags = ["-p", "gpu", "--account=us", "--nodes=4", "--after=--gpus=1", "--export-flags", "--precision int8"]
+    train, evaluate, export = calls(submit("chain", *flags, "--dry-run", "--", "--output-dir", "runs/x/"))
+    assert train == "train=$(sbatch --parsable -p gpu --account=us --nodes=4 slurm/train.sbatch --output-dir runs/x/)"
     after = (
         "sbatch --parsable --partition=gpu --account=us --gpus=1 --dependency=afterok:$train --kill-on-invalid-dep=yes"
     )

@@ -306,6 +306,19 @@ def test_a_time_limit_is_one_of_many(cluster: Cluster, tmp_path: Path) -> None:
     assert "DUE TO TIME LIMIT" not in job.output()
 
 
+def test_a_job_that_is_cancelled_saves_and_stays_so(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*SMALL, "--max-updates", "1000000", "--checkpoint-every", "0", "--valid-every", "0"]
+    job = cluster.sbatch(tmp_path, "--nodes=1", TRAIN, *flags, "--output-dir", run)
+    under_way(job, run)
+    cluster.client("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    time.sleep(3)
+    assert (job.state, job.shown()["Restarts"]) == ("CANCELLED", "0")
+    assert "the job was cancelled (COMPLETING): not requeued" in job.output()
+    assert (run / "checkpoints/latest").exists()
+
+
 # What breaks --------------------------------------------------------------------------------------------------------
 
 

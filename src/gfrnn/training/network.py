@@ -30,15 +30,14 @@ def interface_to(address: str) -> tuple[str, str] | None:
 
 
 def choose_interface() -> None:
-    """Has gloo and NCCL use the interface that reaches MASTER_ADDR, unless the environment names another.
+    """Has gloo use the interface that reaches MASTER_ADDR, unless the environment names another.
 
-    By themselves they take the address that the host's name stands for, which on many machines is a loopback one, and
-    on others nothing.
+    By itself it takes the address that the host's name stands for, which on many machines is a loopback one, and on
+    others nothing. NCCL looks for the fastest interface, which need not be the one that MASTER_ADDR is reached by.
     """
     found = interface_to(os.environ["MASTER_ADDR"])
     if found is not None and not ipaddress.ip_address(found[1]).is_loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", found[0])
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={found[0]}")
 
 
 def here() -> str:
