@@ -12,8 +12,10 @@ die() { echo "error: $*" >&2; exit 2; }
 home=${GFRNN_HOME:-${SLURM_SUBMIT_DIR:-.}}
 [ -f "$home/slurm/launch.sh" ] || die "$home is not a checkout of gfrnn; submit from its root, or export GFRNN_HOME"
 cd "$home"
+set +eu   # modules and conda are not written for these
 # shellcheck source=slurm/site.sh
 . "${GFRNN_SITE:-$home/slurm/site.sh}"
+set -eu
 [ -n "${SLURM_JOB_ID:-}" ] || die "this is a batch script: sbatch $0"
 
 [ -n "${GFRNN_PYTHON:-}" ] || { GFRNN_PYTHON=python3; [ ! -x .venv/bin/python ] || GFRNN_PYTHON=$PWD/.venv/bin/python; }
@@ -37,7 +39,8 @@ fi
 port=$((20000 + 2 * ((SLURM_JOB_ID + 1009 * restart) % 6000)))
 MASTER_PORT=$((port + 1))
 GFRNN_RESTART=$SLURM_JOB_ID.$restart
-export GFRNN_NODES GFRNN_RESTART MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
+# SLURM_EXPORT_ENV: after `sbatch --export=NONE` srun would hand on nothing of this
+export GFRNN_NODES GFRNN_RESTART MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1 SLURM_EXPORT_ENV=ALL
 
 # What srun takes from sbatch only where this says so, since SLURM 22.05
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
@@ -67,7 +70,7 @@ value_of() {
 
 # train_here FLAGS...: becomes the supervisor of `train.py FLAGS` on all nodes of the job
 train_here() {
-  local run per_node node step cores=${SLURM_CPUS_PER_TASK:-}
+  local run per_node node step cores=${SLURM_CPUS_PER_TASK:-} gpus=${SLURM_GPUS_PER_TASK:-0}
   run=$(value_of --output-dir "$@")
   if [ -z "$run" ]; then
     run=runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
@@ -84,14 +87,13 @@ train_here() {
   echo "$(date +%T) job $SLURM_JOB_ID, restart $restart: $per_node a node on $GFRNN_NODES; $MASTER_ADDR:$MASTER_PORT; $run"
   # --wait, --kill-on-bad-exit: who has failed, and when to give up, is the supervisor's to say
   step=(srun --nodes="$SLURM_JOB_NUM_NODES" --wait=0 --kill-on-bad-exit=0)
-  # one task sees all cores and GPUs that the job has of a node, also where its own tasks were to have a part each
-  local each_node=(env -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK)
-  each_node+=("${step[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+  # one task sees all cores that the job has of a node; of its GPUs, where each task was to have its own, one task's
+  local each_node=("${step[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
   [ -z "$cores" ] || each_node+=(--cpus-per-task=$((cores * (${SLURM_NTASKS:-1} > SLURM_JOB_NUM_NODES ? SLURM_NTASKS / SLURM_JOB_NUM_NODES : 1))))
   local training=("${each_node[@]}")
   [ "${SLURM_NTASKS:-1}" -le "$SLURM_JOB_NUM_NODES" ] || training=("${step[@]}" --ntasks="$SLURM_NTASKS")
   exec "$on_host" slurm/supervise.py --output-dir "$run" \
     --preflight "${each_node[@]}" bash slurm/on_node.sh preflight "$port" "${python[@]}" -m gfrnn.training.preflight \
-    --output-dir "$run" --per-node "$per_node" --timeout "${GFRNN_START_SECONDS:-300}" \
+    --output-dir "$run" --per-node "$per_node" --gpus "${gpus##*:}" --timeout "${GFRNN_START_SECONDS:-300}" \
     --training "${training[@]}" bash slurm/on_node.sh training "$MASTER_PORT" "${python[@]}" src/train.py "$@"
 }

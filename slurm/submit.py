@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Submits jobs: one training, a study, or a chain of training, evaluation and export.
 
-    python slurm/submit.py train --nodes=4 --gpus-per-node=8 -- --preset gf-lstm-5x700 --output-dir runs/large
+    python slurm/submit.py train --nodes=4 --gpus-per-node=8 --cpus-per-task=32 -- --output-dir runs/large
     python slurm/submit.py study --points points.txt --at-once 4 --gpus-per-node=1 -- --max-updates 2000
     python slurm/submit.py chain --nodes=4 -- --output-dir runs/large
 
@@ -125,7 +125,7 @@ def check(jobs: list[Job], arguments: argparse.Namespace, environment: dict[str,
     venv = HOME / ".venv/bin/python"
     python = environment.get("GFRNN_PYTHON") or (str(venv) if venv.exists() else "python3")
     command = [*shlex.split(environment.get("GFRNN_CONTAINER", "")), python, "src/train.py", "--dry-run"]
-    if shutil.which(command[0]) is None:
+    if shutil.which(command[0], path=environment.get("PATH")) is None:
         return say(f"{command[0]} is not on this machine: the flags of the training are not looked at")
     flags = jobs[0].flags
     points = (

@@ -113,7 +113,7 @@ def run(main: Callable[[], None]) -> None:
         if is_lost_peer(error):
             how = "gives no sign" if "imed out" in str(error) else "is gone"
             end(f"failed: another process {how}", EXIT_FAILED)
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).split("\n")[0]
         end(
@@ -122,6 +122,16 @@ def run(main: Callable[[], None]) -> None:
         )
     sys.stderr.flush()
     os._exit(EXIT_FINISHED)
+
+
+def is_users(error: OSError) -> bool:
+    """Whether it is for the user to mend: a full disk, say, not one that fails."""
+    return error.errno in _MENDS
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a CPU or a GPU."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(error)))
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -139,8 +139,12 @@ def _kind(error: BaseException | None) -> str:
     """finished, stopped, taken over, user, failed; lost: another process is; error: what is none of these."""
     if isinstance(error, RuntimeError) and cli.is_lost_peer(error):
         return "lost"
+    if isinstance(error, OSError):
+        return "user" if cli.is_users(error) else "error"
+    if isinstance(error, MemoryError | RuntimeError) and cli.is_out_of_memory(error):
+        return "user"
     kinds: dict[type[BaseException], str] = {TakenOver: "taken over", Stopped: "stopped", UserError: "user"}
-    kinds |= {OSError: "user", RunFailed: "failed"}
+    kinds |= {RunFailed: "failed"}
     return "finished" if error is None else next((kind for of, kind in kinds.items() if isinstance(error, of)), "error")
 
 

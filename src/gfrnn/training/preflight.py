@@ -43,6 +43,8 @@ class PreflightSettings:
     """Run folder of the training to come."""
     per_node: int = 1
     """Processes that it will have on each node."""
+    gpus: int = 0
+    """GPUs that this process can see, if not one for each of them: a task's, where SLURM gives each its own."""
     timeout: float = 60.0
     """Seconds that nodes wait for one another."""
 
@@ -169,7 +171,7 @@ def _describe(settings: PreflightSettings, cuda: bool, problems: list[Problem]) 
     gpus: list[str] = []
     driver = None
     if cuda:
-        gpus, driver = _gpus(settings.per_node, problems)
+        gpus, driver = _gpus(settings.gpus or settings.per_node, problems)
     cores, here = len(os.sched_getaffinity(0)), heartbeat.node_name()
     if cores < settings.per_node:
         mend = "ask for as many a node, --cpus-per-task (or --exclusive)"
@@ -180,7 +182,7 @@ def _describe(settings: PreflightSettings, cuda: bool, problems: list[Problem]) 
     return Node(here, network.here(), commit, found, cores, time.time(), visible, gpus, driver, problems)
 
 
-def _gpus(per_node: int, problems: list[Problem]) -> tuple[list[str], str | None]:
+def _gpus(wanted: int, problems: list[Problem]) -> tuple[list[str], str | None]:
     """Names of the GPUs that work here, and the driver's version."""
     import torch
 
@@ -199,8 +201,8 @@ def _gpus(per_node: int, problems: list[Problem]) -> tuple[list[str], str | None
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             problems.append(Problem(here, f"GPU {index} does not work ({reason})", "have it drained", True))
-    if len(names) < per_node and not problems:
-        what = f"{per_node} processes are to have a GPU each, and {len(names)} can be seen"
+    if len(names) < wanted and not problems:
+        what = f"processes are to have {wanted} GPUs, one each, and {len(names)} can be seen"
         problems.append(Problem(here, what, "have its driver looked at (nvidia-smi), or ask for --gpus-per-node", True))
     return names, driver
 
