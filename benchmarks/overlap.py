@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import printed_by_first
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -229,16 +230,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             environment = os.environ | {name: str(value) for name, value in (where | names).items()}
             command = [*prefix, sys.executable, *sys.argv, "--work"]
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        try:
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
-                    raise SystemExit("a process failed")  # the other would wait for it
-                time.sleep(0.2)
-        finally:
-            for process in processes:
-                process.kill()
-        assert processes[0].stdout is not None
-        found: dict[str, Any] = json.loads(processes[0].stdout.read().splitlines()[-1])
+        found: dict[str, Any] = printed_by_first(processes)
     return found
 
 

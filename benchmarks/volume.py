@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ranks import printed_by_first
 from rich.console import Console
 from rich.table import Table
 
@@ -124,16 +125,7 @@ def count(configs: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[
             )
             for n in range(args.processes)
         ]
-        try:
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
-                    raise SystemExit("a process failed")  # the others would wait for it
-                time.sleep(0.2)
-        finally:
-            for process in processes:
-                process.kill()
-        assert processes[0].stdout is not None
-        found: list[dict[str, Any]] = json.loads(processes[0].stdout.read().splitlines()[-1])
+        found: list[dict[str, Any]] = printed_by_first(processes)
     return found
 
 

@@ -143,8 +143,7 @@ def _kind(error: BaseException | None) -> str:
         return "user" if cli.is_users(error) else "error"
     if isinstance(error, MemoryError | RuntimeError) and cli.is_out_of_memory(error):
         return "user"
-    kinds: dict[type[BaseException], str] = {TakenOver: "taken over", Stopped: "stopped", UserError: "user"}
-    kinds |= {RunFailed: "failed"}
+    kinds = {TakenOver: "taken over", Stopped: "stopped", UserError: "user", RunFailed: "failed"}
     return "finished" if error is None else next((kind for of, kind in kinds.items() if isinstance(error, of)), "error")
 
 
