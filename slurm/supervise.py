@@ -4,7 +4,7 @@ SLURM's warning (USR1) and TERM become the file `stop` of the control folder: al
 end, and the job requeues itself. The launcher is not signalled: it would signal its ranks one after another. Ranks that
 die, hang or fall silent (their heartbeats: gfrnn/training/heartbeat.py) end the training: the job says which, on which
 node, excludes that node and requeues; unless it failed three times with no checkpoint in between, or the failure is
-one that another start would meet again. Whether a run has finished is what its summary.json says.
+one that another start would meet again (verdicts.py). Whether a run has finished is what its summary.json says.
 
     RUN/.job-JOBID/RESTART/     hostfile, stop, preflight.json, rank-00000.json ...
     RUN/.job-JOBID/ends.jsonl   how each start of the job ended
@@ -25,141 +25,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-FINISHED, USER, FAILED, STOPPED = 0, 2, 3, 75
+from verdicts import FAILED, STOPPED, USER, Limits, Ranks, Record, Verdict, judge
+
 FAILURES_ALLOWED = 3
 POLL = 0.5
-IN_AN_UPDATE = ("fetch", "forward", "backward", "optimizer", "agree")
-ORDER = ("starting", "meeting", "loading", *IN_AN_UPDATE, "validation", "checkpoint", "test")
-
-Record = dict[str, Any]
-
-
-class Verdict(NamedTuple):
-    """What comes after a start."""
-
-    cause: str
-    """finished, stopped, taken over, failed (a requeue may help), or given up (none would)."""
-    why: str
-    status: int
-    rank: int | None = None
-    node: str | None = None
-
-
-class Limits(NamedTuple):
-    """Seconds."""
-
-    start: float
-    silent: float
-    stalled: float
-    stop: float
-
-
-# ------------------------------------------------------------------------------------------------------------ ranks
-
-
-class Ranks:
-    """What the ranks of a start say of themselves, and when that last changed, by this process' clock."""
-
-    def __init__(self, control: Path, nodes: Sequence[str], per_node: int):
-        self._control = control
-        self.node_of = {n * per_node + k: node for n, node in enumerate(nodes) for k in range(per_node)}
-        self.records: dict[int, Record] = {}
-        self._beat: dict[int, float] = {}
-        self._moved: dict[int, float] = {}
-        self._begin = time.monotonic()
-
-    def look(self) -> None:
-        """Reads the heartbeats."""
-        now = time.monotonic()
-        for rank in self.node_of:
-            try:
-                record = json.loads((self._control / f"rank-{rank:05d}.json").read_text())
-            except (OSError, ValueError):
-                continue
-            before = self.records.get(rank, {})
-            if record["beats"] != before.get("beats"):
-                self._beat[rank] = now
-            if (record["step"], record["phase"]) != (before.get("step"), before.get("phase")):
-                self._moved[rank] = now
-            self.records[rank] = record
-
-    def trouble(self, limits: Limits) -> Verdict | None:
-        """The first rank to be given up, if any is to be."""
-        now = time.monotonic()
-        absent = [rank for rank in self.node_of if rank not in self.records]
-        if absent and now - self._begin > limits.start:
-            return self.failed(absent, f"did not start within {limits.start:g} s")
-        living = [rank for rank, record in self.records.items() if record["ended"] is None]
-        silent = [rank for rank in living if now - self._beat[rank] > limits.silent]
-        if silent:
-            first = min(self._beat[rank] for rank in silent)
-            together = [rank for rank in silent if self._beat[rank] < first + limits.silent / 4]
-            return self.failed(together, f"gave no sign for {limits.silent:g} s: dead, stopped or cut off")
-        stalled = [rank for rank in living if now - self._moved[rank] > self._allowed(rank, limits)]
-        if living and len(stalled) == len(living):
-            return self._stalled(living, limits)
-        return None
-
-    def _allowed(self, rank: int, limits: Limits) -> float:
-        return limits.stalled * (1 if self.records[rank]["phase"] in IN_AN_UPDATE else 4)
-
-    def _stalled(self, ranks: list[int], limits: Limits) -> Verdict:
-        where = {rank: (self.records[rank]["step"], ORDER.index(self.records[rank]["phase"])) for rank in ranks}
-        behind = [rank for rank in ranks if where[rank] == min(where.values())]
-        if len(behind) < len(ranks):
-            return self.failed(behind, f"hangs while the others wait for it ({limits.stalled:g} s)")
-        nodes = " and ".join(sorted({self.node_of[rank] for rank in ranks}))
-        return Verdict("failed", f"all ranks wait for one another: is the network between {nodes} cut?", FAILED)
-
-    def first_gone(self) -> Verdict | None:
-        """After the end: whose it was. Ranks that said nothing were killed; of several, the one heard of least."""
-        unsaid = [r for r in self.node_of if r not in self.records or self.records[r]["ended"] is None]
-        own = [r for r, record in self.records.items() if (record["ended"] or {}).get("kind") == "error"]
-        candidates = sorted([*unsaid, *own], key=lambda rank: self._beat.get(rank, 0.0))
-        if not candidates:
-            return None
-        if candidates[0] in own:
-            return self.failed(candidates[:1], self.records[candidates[0]]["ended"]["reason"] or "failed")
-        return self.failed(candidates[:1], "ended without a word: killed, or its node died")
-
-    def of_kind(self, *kinds: str) -> int | None:
-        """The first rank that ended so."""
-        return next((r for r in sorted(self.records) if (self.records[r]["ended"] or {}).get("kind") in kinds), None)
-
-    def failed(self, ranks: Sequence[int], why: str) -> Verdict:
-        rank = ranks[0]
-        node = self.node_of[rank]
-        record = self.records.get(rank)
-        where = "" if record is None else f", at update {record['step']} ({record['phase']}, process {record['pid']})"
-        more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
-        return Verdict("failed", f"rank {rank} on {node}{more} {why}{where}", FAILED, rank, node)
-
-
-def judge(ranks: Ranks, status: int, *, finished: bool, trouble: Verdict | None, stopping: bool) -> Verdict:
-    """How a start ended, from what the ranks said last, srun's status, summary.json, and what was seen before."""
-    if finished:
-        return Verdict("finished", "", FINISHED)
-    taken = ranks.of_kind("taken over")
-    if taken is not None:
-        return Verdict("taken over", ranks.records[taken]["ended"]["reason"], STOPPED)
-    if trouble is not None:
-        return trouble
-    final = ranks.of_kind("user", "failed")
-    if final is not None and ranks.records[final]["phase"] != "meeting":
-        kind, reason = ranks.records[final]["ended"]["kind"], ranks.records[final]["ended"]["reason"]
-        return Verdict("given up", reason, USER if kind == "user" else FAILED, final, ranks.node_of[final])
-    if final is None and status in (USER, FAILED) and not ranks.records:
-        return Verdict("given up", "the programs did not start", status)
-    if ranks.of_kind("stopped") is not None or (status == STOPPED and ranks.of_kind("lost", "error") is None):
-        return Verdict("stopped", "with a checkpoint", STOPPED)
-    if final is not None:
-        return ranks.failed([final], ranks.records[final]["ended"]["reason"])
-    gone = ranks.first_gone()
-    if stopping and gone is not None:
-        return Verdict("stopped", f"did not end by itself; {gone.why}", STOPPED)
-    return gone or Verdict("failed", f"the ranks have lost one another (srun's status {status})", FAILED)
+UNREACHABLE = ("Unable to contact", "Socket timed out", "Zero Bytes were transmitted")
+"""What commands say when slurmctld is being started again."""
+PATIENCE = 300.0
+"""Seconds that it may take."""
 
 
 # ------------------------------------------------------------------------------------------------------------ SLURM
@@ -194,20 +68,21 @@ class Job:
         status, said = slurm("scontrol", "requeue", self.name)
         return None if status == 0 else said
 
-    def exclude(self, node: str) -> str:
-        """Keeps the requeued job off a node, if it can do without it; says what came of it."""
+    def exclude(self, nodes: Sequence[str]) -> str:
+        """Keeps the requeued job off nodes, if it can do without them; says what came of it."""
         shown = self.shown()
-        listed = shown.get("ExcNodeList") or "(null)"
-        excluded = {node}
-        if listed != "(null)":
-            excluded.update(slurm("scontrol", "show", "hostnames", listed)[1].split())
+        names = " and ".join(nodes)
+        wanted = set(nodes) & _hostnames(shown.get("ReqNodeList"))
+        if wanted:
+            return f"{names}: not excluded, as the job asks for {' '.join(sorted(wanted))} by --nodelist"
+        excluded = {*nodes, *_hostnames(shown.get("ExcNodeList"))}
         least = self._least_nodes(shown)
-        others = self._usable(shown.get("Partition", "")) - excluded
+        others = usable_nodes(shown) - excluded
         if len(others) < least:
             up = " ".join(sorted(others)) or "none"
-            return f"{node} is not excluded: the job needs {least} nodes, and of others there are: {up}"
+            return f"{names}: not excluded, as the job needs {least} nodes, and of others like it there are: {up}"
         status, said = slurm("scontrol", "update", f"JobId={self.name}", f"ExcNodeList={','.join(sorted(excluded))}")
-        return f"{node} is excluded" if status == 0 else f"{node} could not be excluded: {said}"
+        return f"{names}: excluded" if status == 0 else f"{names}: could not be excluded: {said}"
 
     def _least_nodes(self, shown: dict[str, str]) -> int:
         """How few nodes the job may have: what it asked for, else as many as it was given.
@@ -225,11 +100,34 @@ class Job:
         found = re.search(r"\bnode=(\d+)", requested)
         return int(found[1]) if found else int(os.environ["SLURM_JOB_NUM_NODES"])
 
-    def _usable(self, partition: str) -> set[str]:
-        status, said = slurm("sinfo", "--noheader", "--Node", "--partition", partition, "--format", "%N %t")
-        unusable = ("down", "drain", "drng", "fail", "maint", "unk", "boot", "pow")
-        states = [line.split() for line in said.splitlines()] if status == 0 else []
-        return {name for name, state in states if not state.startswith(unusable) and not state.endswith("*")}
+
+def usable_nodes(shown: dict[str, str]) -> set[str]:
+    """Nodes of a job's partition that are up, and have what it asks for: its features, and GRES by name.
+
+    Features that are more than names joined by & are left to SLURM: then any node counts.
+    """
+    columns = "NodeList:200,StateCompact:30,Features:1000,Gres:1000"
+    status, said = slurm(
+        "sinfo", "--noheader", "--Node", "--partition", shown.get("Partition", ""), "--Format", columns
+    )
+    features = shown.get("Features", "(null)")
+    needed = set(features.split("&")) if re.fullmatch(r"[\w&-]+", features) else set()
+    gres = set(re.findall(r"gres[:/](\w+)", shown.get("TresPerNode", "") + shown.get("TresPerTask", "")))
+    unusable = ("down", "drain", "drng", "fail", "maint", "unk", "boot", "pow")
+    found = set()
+    for line in said.splitlines() if status == 0 else []:
+        name, state, has, devices = line.split()
+        fits = needed <= set(has.split(",")) and gres <= set(re.findall(r"\w+", devices))
+        if fits and not state.startswith(unusable) and not state.endswith("*"):
+            found.add(name)
+    return found
+
+
+def _hostnames(listed: str | None) -> set[str]:
+    """Of node[1-3], say."""
+    if listed in (None, "", "(null)"):
+        return set()
+    return set(slurm("scontrol", "show", "hostnames", str(listed))[1].split())
 
 
 def _seconds(text: str) -> int | None:
@@ -244,12 +142,16 @@ def _seconds(text: str) -> int | None:
 def slurm(*command: str) -> tuple[int, str]:
     """The status of a command of SLURM's, and what it says.
 
-    As a requeue sends TERM to all processes of the job, and so to a command that runs just then, that one is run again.
+    As a requeue sends TERM to all processes of the job, and so to a command that runs just then, that one is run again;
+    so is one that finds no slurmctld, for a while.
     """
+    deadline = time.monotonic() + PATIENCE
     while True:
         done = subprocess.run(command, capture_output=True)
-        if done.returncode != -signal.SIGTERM:
-            said = done.stdout.decode(errors="replace") or " ".join(done.stderr.decode(errors="replace").split())
+        said = done.stdout.decode(errors="replace") or " ".join(done.stderr.decode(errors="replace").split())
+        if done.returncode != 0 and any(words in said for words in UNREACHABLE) and time.monotonic() < deadline:
+            time.sleep(5)
+        elif done.returncode != -signal.SIGTERM:
             return done.returncode, said.strip()
 
 
@@ -293,7 +195,8 @@ class Supervisor:
             problems = json.loads((self.control / "preflight.json").read_text())["problems"]
         broken = [problem for problem in problems if problem["broken"]]
         if broken:
-            return Verdict("failed", f"{broken[0]['node']}: {broken[0]['what']}", FAILED, None, broken[0]["node"])
+            why = "; ".join(f"{problem['node']}: {problem['what']}" for problem in broken)
+            return Verdict("failed", why, FAILED, None, tuple(dict.fromkeys(problem["node"] for problem in broken)))
         if problems:
             return Verdict("given up", "preflight was not passed", USER)
         return Verdict("failed", f"preflight ended with status {status}", FAILED)
@@ -310,7 +213,7 @@ class Supervisor:
         status, trouble = self._wait_for(subprocess.Popen(command), look)
         ranks.look()
         now = self._summary()
-        finished = bool(now.get("finished")) and (now != summary or status == 0)
+        finished = bool(now.get("finished")) and (now != summary or ranks.of_kind("finished") is not None)
         return judge(ranks, status, finished=finished, trouble=trouble, stopping=self.signal is not None)
 
     def _wait_for(
@@ -321,7 +224,7 @@ class Supervisor:
         while step.poll() is None:
             time.sleep(POLL)
             trouble = look()
-            if trouble is not None and trouble.cause == "failed":
+            if trouble is not None:
                 return FAILED, trouble
             if self.signal is not None and stopped_at is None:
                 stopped_at = time.monotonic()
@@ -399,6 +302,8 @@ class Supervisor:
         if not self.job.is_ours(shown):
             say(f"restart {shown['Restarts']} of job {self.job.name} goes on; nothing is left to do here")
             return STOPPED
+        if verdict.cause == "failed" and shown.get("PreemptTime", "None") not in ("None", "Unknown", "(null)"):
+            verdict = Verdict("stopped", f"pre-empted; {verdict.why}", STOPPED)
         self.note(verdict, self.job.restart)
         say(f"{verdict.cause}: {verdict.why}" if verdict.why else verdict.cause)
         if verdict.cause in ("finished", "taken over", "given up"):
@@ -409,9 +314,7 @@ class Supervisor:
             say(f"given up: failed {self.ends_here('failed')} times {where}; the last time: {verdict.why}")
             return FAILED
         if verdict.cause == "stopped" and self.ends_here("stopped") > FAILURES_ALLOWED:  # one of them saved it
-            say(
-                f"given up: stopped again and again {where}, with no update in between; raise --time, or lower --signal"
-            )
+            say(f"given up: stopped again and again {where}, with no update since; raise --time, or lower --signal")
             return FAILED
         state = shown.get("JobState", "RUNNING")
         if state != "RUNNING" and not (state == "COMPLETING" and self.job.is_out_of_time(shown)):
@@ -421,8 +324,8 @@ class Supervisor:
         if refused is not None:
             say(f"SLURM does not requeue the job ({refused}); the same sbatch line goes on")
             return STOPPED
-        if verdict.node is not None:
-            say(self.job.exclude(verdict.node))
+        if verdict.nodes:
+            say(self.job.exclude(verdict.nodes))
         say(f"requeued: goes on after update {self.last_step()}")
         while True:  # until SLURM ends this: a script that ends by itself may be taken for finished
             time.sleep(60)

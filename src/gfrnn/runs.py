@@ -81,7 +81,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._owner_path = self.path / ".owner.json"
-        self._token: str | None = None  # in .owner.json while this process owns the folder
+        self._claim: dict[str, Any] | None = None  # in .owner.json while this process owns the folder
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.summary_path = self.path / "summary.json"
@@ -146,10 +146,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")  # the kernel's, freed when its holder dies
-            earlier = self._owner()
-            same_job = bool(job) and earlier.get("job") == job
-            if same_job and earlier["restart"] > claim["restart"]:
-                raise TakenOver(f"restart {earlier['restart']} of job {job} trains in {self.path} now")
+            same_job = self._is_same_job(claim)
             if same_job:  # at once, for the earlier one to find
                 write_json(self._owner_path, claim)
             try:
@@ -157,6 +154,7 @@ class RunFolder:
             except Timeout:
                 if not same_job:
                     raise
+            self._is_same_job(claim)  # a third may have come in the meantime
             write_json(self._owner_path, claim)
         except Timeout as error:
             raise UserError(
@@ -164,12 +162,26 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise UserError(f"--output-dir {self.path}: {error.strerror}; give another folder") from error
-        self._token = claim["token"]
+        self._claim = claim
+
+    def _is_same_job(self, claim: dict[str, Any]) -> bool:
+        """Whether the folder is an earlier restart's of this job. Raises TakenOver if it is a later one's."""
+        owner = self._owner()
+        if not claim["job"] or owner.get("job") != claim["job"]:
+            return False
+        if owner["restart"] > claim["restart"]:
+            raise TakenOver(f"restart {owner['restart']} of job {owner['job']} trains in {self.path} now")
+        return True
 
     def check_owned(self) -> None:
         """Raises TakenOver if this process has locked the folder and a newer restart has taken it since."""
-        if self._token is not None and (owner := self._owner()).get("token", self._token) != self._token:
-            raise TakenOver(f"restart {owner['restart']} of job {owner['job']} trains in {self.path} now")
+        claim, owner = self._claim, self._owner()
+        if claim is None or not owner or owner["token"] == claim["token"]:
+            return
+        if self._is_same_job(claim):  # an earlier one has claimed the folder in the same moment
+            write_json(self._owner_path, claim)
+            return
+        raise TakenOver(f"restart {owner['restart']} of job {owner['job']} trains in {self.path} now")
 
     def _owner(self) -> dict[str, Any]:
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from gfrnn.training.heartbeat import Heartbeat
 from launch import SMALL, start_training, train
 
 
@@ -57,3 +59,16 @@ def test_disk_full_where_the_corpus_is_kept(small_disk: Path, tmp_path: Path):
     status, _, err = train(tmp_path / "run", [*SMALL, "--data-dir", str(small_disk / "data"), "--max-updates", "5"])
     assert status == 2, err
     assert "No space left on device" in one_line(err)
+
+
+def test_a_rank_can_still_say_where_it_is(small_disk: Path, monkeypatch: pytest.MonkeyPatch):
+    """Or slurm/supervise.py would take it for dead, and its node for broken."""
+    monkeypatch.setenv("GFRNN_CONTROL", str(small_disk))
+    monkeypatch.setenv("GFRNN_BEAT_SECONDS", "1000")
+    heart = Heartbeat()
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(bytes(20_000_000))
+    heart.step = 8
+    heart.end(OSError(28, "No space left on device"))
+    record = json.loads((small_disk / "rank-00000.json").read_text())
+    assert (record["step"], record["ended"]["kind"]) == (8, "user")

@@ -2,6 +2,7 @@
 
     stop             made by whoever wants the training to end with a checkpoint; rank 0 looks for it once a second
     rank-00003.json  rank 3: its node, where it is, and how it ended
+    rank-00003.crash its stack, where a signal ended it that is a fault: SIGSEGV, or SIGABRT from NCCL's watchdog
     preflight.json   what preflight.py found
 
 The file is written again every few seconds by a thread, so it stands still when the process or its node does; what it
@@ -12,6 +13,7 @@ another's. Without GFRNN_CONTROL nothing is written.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import threading
@@ -38,6 +40,7 @@ PHASES = (
 )
 """Where a rank may be; those of an update in its order."""
 
+_SIZE = 4096  # bytes of the file, which is written over: also on a disk that has filled up
 
 PREFLIGHT = "preflight.json"
 
@@ -81,6 +84,7 @@ class Heartbeat:
         self._file = control / f"rank-{cli.rank():05d}.json" if control is not None else None
         if self._file is not None:
             self._seconds = float(os.environ.get("GFRNN_BEAT_SECONDS", "5"))
+            self._watch_crashes()
             self.beat()
             threading.Thread(target=self._go_on, daemon=True).start()
 
@@ -106,26 +110,31 @@ class Heartbeat:
             return
         with self._writing, contextlib.suppress(OSError):
             self._beats += 1
-            beside = self._file.with_suffix(".writing")
-            beside.write_text(
-                json.dumps(
-                    {
-                        "rank": cli.rank(),
-                        "node": node_name(),
-                        "pid": os.getpid(),
-                        "beats": self._beats,
-                        "step": self.step,
-                        "phase": self._phase,
-                        "ended": self._ended,
-                    }
-                )
-            )
-            beside.replace(self._file)
+            record = {
+                "rank": cli.rank(),
+                "node": node_name(),
+                "pid": os.getpid(),
+                "beats": self._beats,
+                "step": self.step,
+                "phase": self._phase,
+                "ended": self._ended,
+            }
+            # opened and closed each time: on a network's file system others see it when it is closed
+            with self._file.open("r+b" if self._file.exists() else "w+b", buffering=0) as f:
+                f.write(json.dumps(record).encode().ljust(_SIZE))
+
+    def _watch_crashes(self) -> None:
+        """A killed process leaves an empty file, one that crashed or was aborted says so."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):
+            self._crash = self._file.with_suffix(".crash").open("w")  # open until the end: no fault can open files
+            faulthandler.enable(self._crash)
 
     def end(self, error: BaseException | None) -> None:
         """Says how the process ends: by this error, or well."""
         if self._ended is None:
-            self._ended = {"kind": _kind(error), "reason": " ".join(str(error).split()) if error is not None else ""}
+            reason = " ".join(str(error).split()) if error is not None else ""
+            self._ended = {"kind": _kind(error), "reason": reason[:1000]}
             self.beat()
 
     def _go_on(self) -> None:
