@@ -15,6 +15,7 @@ kill at any instant leaves a usable one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -492,6 +493,14 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def code_hash() -> str:
+    """Of this package's own files, whatever git knows of them."""
+    found, home = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(home.rglob("*.py")):
+        found.update(str(path.relative_to(home)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:

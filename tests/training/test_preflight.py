@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from gfrnn.training.preflight import Node, compare
+from gfrnn.training.preflight import Node, by_node, clocks_apart, compare
 from launch import ROOT, start_ranks
 
 PREFLIGHT = ["-m", "gfrnn.training.preflight", "--output-dir"]
@@ -54,17 +51,17 @@ def test_another_version_of_a_package(tmp_path: Path) -> None:
     assert "have all nodes use one environment, GFRNN_PYTHON" in said[0]
 
 
-def test_another_commit(tmp_path: Path) -> None:
+def test_other_code(tmp_path: Path) -> None:
+    """Of another commit, or not committed."""
     other = tmp_path / "checkout"
     shutil.copytree(ROOT / "src", other / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for command in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm another"):
-        subprocess.run(["git", "-C", other, *command.split()], check=True)
+    with (other / "src/gfrnn/cli.py").open("a") as f:
+        f.write("# a change\n")
     paths = {1: {"PYTHONPATH": str(other / "src")}}
     statuses, said, found = preflight(tmp_path, extra=lambda rank: paths.get(rank, {}))
     assert statuses == [2, 2]
     commits = [node["commit"] for node in found["nodes"]]
-    assert f"node2: it has the code of commit {commits[1]}, node1 that of {commits[0]}; have all nodes" in said[0]
-    assert commits[0] != commits[1]
+    assert f"node2: its code is not that of node1 (commits None and {commits[0]}); have all nodes see one" in said[0]
 
 
 def test_a_folder_that_nodes_do_not_share(tmp_path: Path) -> None:
@@ -90,6 +87,27 @@ def test_a_node_that_does_not_come(tmp_path: Path) -> None:
     assert [(problem["node"], problem["broken"]) for problem in found["problems"]] == [("node2", True)]
 
 
+def test_no_node_comes_to_the_first(tmp_path: Path) -> None:
+    """Then it is the first that is broken."""
+    three = {"WORLD_SIZE": "3", "GFRNN_NODES": "node1 node2 node3"}
+    statuses, said, found = preflight(tmp_path, "--timeout", "3", only=1, extra=lambda rank: three)
+    assert statuses == [3]
+    assert "failed: node1: no other node came to node1 (127.0.0.1 on lo), port " in said[0]
+    assert [(problem["node"], problem["broken"]) for problem in found["problems"]] == [("node1", True)]
+
+
+def test_a_process_for_each_rank(tmp_path: Path) -> None:
+    """As where SLURM gives each task its own GPU: one node, and each process looks at its own."""
+
+    def own(rank: int) -> dict[str, str]:
+        return {"SLURMD_NODENAME": "node1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": str(rank)}
+
+    statuses, said, found = preflight(tmp_path, "--per-node", "2", extra=own)
+    assert statuses == [0, 0], said
+    assert [(node["name"], node["visible_devices"]) for node in found["nodes"]] == [("node1", ["0", "1"])]
+    assert found["network"] == {}
+
+
 def test_nobody_where_the_first_should_be(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
     (tmp_path / "control/preflight.json").write_text("{}")
@@ -99,15 +117,15 @@ def test_nobody_where_the_first_should_be(tmp_path: Path) -> None:
     assert "error: node2 (127.0.0.1 on lo) cannot meet the others at 127.0.0.1:" in said[0]
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"clock": 95.0}, "its clock is -5.0 s off that of node1"),
-        ({"gpus": ["H100"], "driver": "580"}, "its GPUs are H100 (driver 580), those of node1 none (driver none)"),
-    ],
-)
-def test_clocks_and_gpus_are_compared(changed: dict[str, Any], said: str) -> None:
-    first = Node("node1", "node1 (10.0.0.1 on eth0)", "abc", {"torch": "2.13.0"}, 2, 100.0)
-    (problem,) = compare([first, replace(first, name="node2", **changed)])
-    assert (problem.node, problem.what) == ("node2", said)
-    assert compare([first, replace(first, name="node2", clock=101.0)]) == []
+def test_gpus_and_clocks_are_compared() -> None:
+    first = Node("node1", "node1 (10.0.0.1 on eth0)", "abc", "123", {"torch": "2.13.0"}, 2, 100.0)
+    second = replace(first, name="node2", clock=95.0)
+    assert compare([first, second]) == []
+    assert clocks_apart([first, second]) == [
+        "node2: its clock is -5.0 s off that of node1; have it synchronized (chrony, NTP)"
+    ]
+    assert clocks_apart([first, replace(second, clock=101.0)]) == []
+    (problem,) = compare([first, replace(second, gpus=["H100"], driver="580")])
+    assert problem.what == "its GPUs are H100 (driver 580), those of node1 none (driver none)"
+    both = by_node([replace(second, gpus=["H100"]), first, replace(second, gpus=["H200"])])
+    assert [(node.name, node.gpus) for node in both] == [("node2", ["H100", "H200"]), ("node1", [])]

@@ -1,8 +1,9 @@
 """python -m gfrnn.training.preflight --output-dir DIR: whether these nodes can train together, in a few seconds.
 
-One process a node, started with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (slurm/launch.sh does): what each node
-has is gathered and compared, and the network between them measured. What is wrong is a line with the node and the mend;
-what was found is in preflight.json of the folder that GFRNN_CONTROL names.
+One process a node, started with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (slurm/launch.sh does), or as many on
+each, LOCAL_WORLD_SIZE, where each sees GPUs of its own: what each node has is gathered and compared, and the network
+between them measured. What is wrong is a line with the node and the mend; what was found is in preflight.json of the
+folder that GFRNN_CONTROL names.
 
 Exit status: 0 all is well; 2 something for the user to mend; 3 a node is broken, and others may do.
 """
@@ -16,23 +17,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gfrnn import cli
 from gfrnn.config import EXIT_FAILED, EXIT_USER, RunFailed, UserError
-from gfrnn.runs import git_commit, versions, write_json
+from gfrnn.runs import code_hash, git_commit, versions, write_json
 from gfrnn.training import heartbeat, network
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import ProcessGroup, Store
 
-_LARGEST_CLOCK_DIFFERENCE = 2.0  # seconds: of timestamps in logs and MLflow; nothing else looks at a clock
+_LARGEST_CLOCK_DIFFERENCE = 2.0  # seconds
 _LARGE = 16 << 20  # bytes of the all-reduce that bandwidth is measured with
 _TRIES = 5
+_MEND = "is it the right network interface? name another, GFRNN_INTERFACE"
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,6 @@ class PreflightSettings:
     """Run folder of the training to come."""
     per_node: int = 1
     """Processes that it will have on each node."""
-    gpus: int = 0
-    """GPUs that this process can see, if not one for each of them: a task's, where SLURM gives each its own."""
     timeout: float = 60.0
     """Seconds that nodes wait for one another."""
 
@@ -66,12 +66,14 @@ class Node:
     name: str
     where: str
     commit: str | None
+    code: str
+    """Hash of the source, which may have changed since the commit."""
     versions: dict[str, str]
     cores: int
     clock: float
     """time.time() right after all have met."""
-    visible_devices: str | None = None
-    """CUDA_VISIBLE_DEVICES, which SLURM sets."""
+    visible_devices: list[str] = field(default_factory=list)
+    """CUDA_VISIBLE_DEVICES, which SLURM sets, of each process here."""
     gpus: list[str] = field(default_factory=list)
     driver: str | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -89,25 +91,40 @@ def _main() -> None:
     from torch._C._distributed_c10d import PrefixStore
 
     network.choose_interface()
+    # a collective that fails says so to this program, and does not end it
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     store = _meet(settings.timeout)
     cuda = os.environ.get("DS_ACCELERATOR", "cuda" if _device_count() else "cpu") == "cuda"
-    dist.init_process_group(
-        "gloo",  # NCCL comes after the GPUs have been looked at
-        store=PrefixStore("group", store),
-        rank=cli.rank(),
-        world_size=cli.world_size(),
-        timeout=timedelta(seconds=settings.timeout),
-    )
+    timeout = timedelta(seconds=settings.timeout)
+    with _naming_the_network():  # by gloo: NCCL comes after the GPUs have been looked at
+        group = PrefixStore("group", store)
+        dist.init_process_group("gloo", store=group, rank=cli.rank(), world_size=cli.world_size(), timeout=timeout)
     problems = list(_check_folder(settings.output_dir))
-    nodes = _gather(_describe(settings, cuda, problems))
-    found = [*(problem for node in nodes for problem in node.problems), *compare(nodes)]
-    latency, bandwidth = _measure("cuda" if cuda and not found else "cpu")
+    nodes = by_node(_gather(_describe(settings, cuda, problems)))
+    found = list(dict.fromkeys([*(problem for node in nodes for problem in node.problems), *compare(nodes)]))
+    with _naming_the_network():
+        latency, bandwidth = _measure("cuda" if cuda and not found else "cpu", timeout)
     if cli.rank() == 0:
         _report(nodes, found, latency, bandwidth, time.monotonic() - started)
     dist.barrier()
     if found:
         sys.stderr.flush()
         os._exit(EXIT_FAILED if any(problem.broken for problem in found) else EXIT_USER)
+
+
+@contextlib.contextmanager
+def _naming_the_network() -> Iterator[None]:
+    """Raises RunFailed, with this node and its interface, for what collectives raise."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunFailed(f"{network.here()}: no collective works between the nodes ({reason}); {_MEND}") from error
+
+
+def _local_size() -> int:
+    """Processes of this program a node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _device_count() -> int:
@@ -129,7 +146,6 @@ def _meet(seconds: float) -> Store:
 
     address, port, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), cli.rank() == 0
     timeout = timedelta(seconds=seconds)
-    mend = "is it the right network interface? name another, GFRNN_INTERFACE"
     try:
         store = TCPStore(address, port, is_master=first, timeout=timeout, wait_for_workers=False)
         store.set(f"here-{cli.rank()}", heartbeat.node_name())
@@ -142,24 +158,48 @@ def _meet(seconds: float) -> Store:
             time.sleep(0.05)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{network.here()} cannot meet the others at {address}:{port} ({reason}); {mend}") from error
+        raise UserError(f"{network.here()} cannot meet the others at {address}:{port} ({reason}); {_MEND}") from error
     if missing:
-        names = os.environ.get("GFRNN_NODES", "").split() or [f"node {rank}" for rank in range(cli.world_size())]
+        count = cli.world_size() // _local_size()
+        names = os.environ.get("GFRNN_NODES", "").split() or [f"node {number}" for number in range(count)]
+        gone = [names[number] for number in sorted({rank // _local_size() for rank in missing})]
         what = f"did not come to {network.here()}, port {port}, within {seconds:g} s"
-        found = [Problem(names[rank], what, mend, True) for rank in sorted(missing)]
+        found = [Problem(name, what, _MEND, True) for name in gone]
+        if len(gone) == count - 1 > 1:  # not all of them are broken
+            found = [
+                Problem(
+                    names[0], f"no other node came to {network.here()}, port {port}, within {seconds:g} s", _MEND, True
+                )
+            ]
         _keep(problems=[problem._asdict() for problem in found])
-        raise RunFailed("; ".join(f"{problem.node}: {problem.what}" for problem in found) + f"; {mend}")
+        raise RunFailed("; ".join(f"{problem.node}: {problem.what}" for problem in found) + f"; {_MEND}")
     store.set("all here", "")
     return store
 
 
 def _gather(own: Node) -> list[Node]:
-    """Every node's, by rank."""
+    """Every process', by rank."""
     import torch.distributed as dist
 
     everyone: list[Any] = [None] * cli.world_size()
     dist.all_gather_object(everyone, own)
     return everyone
+
+
+def by_node(processes: Sequence[Node]) -> list[Node]:
+    """What the processes of a node have seen, together."""
+    found: dict[str, Node] = {}
+    for node in processes:
+        first = found.get(node.name)
+        if first is not None:
+            node = replace(
+                first,
+                gpus=[*first.gpus, *node.gpus],
+                visible_devices=[*first.visible_devices, *node.visible_devices],
+                problems=[*first.problems, *node.problems],
+            )
+        found[node.name] = node
+    return list(found.values())
 
 
 # ------------------------------------------------------------------------------------------------ what is looked at
@@ -170,16 +210,17 @@ def _describe(settings: PreflightSettings, cuda: bool, problems: list[Problem]) 
 
     gpus: list[str] = []
     driver = None
+    own = settings.per_node // _local_size()  # processes that are to have what this one can see
     if cuda:
-        gpus, driver = _gpus(settings.gpus or settings.per_node, problems)
+        gpus, driver = _gpus(own, problems)
     cores, here = len(os.sched_getaffinity(0)), heartbeat.node_name()
-    if cores < settings.per_node:
+    if cores < own:
         mend = "ask for as many a node, --cpus-per-task (or --exclusive)"
-        problems.append(Problem(here, f"{settings.per_node} processes have {cores} cores", mend, False))
-    commit, found = git_commit(), versions()
+        problems.append(Problem(here, f"{own} processes have {cores} cores", mend, False))
+    visible = [os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ]
+    commit, code, found = git_commit(), code_hash(), versions()
     dist.barrier()  # the last before the clock is looked at
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return Node(here, network.here(), commit, found, cores, time.time(), visible, gpus, driver, problems)
+    return Node(here, network.here(), commit, code, found, cores, time.time(), visible, gpus, driver, problems)
 
 
 def _gpus(wanted: int, problems: list[Problem]) -> tuple[list[str], str | None]:
@@ -222,7 +263,8 @@ def _check_folder(output_dir: Path) -> Iterator[Problem]:
     dist.barrier()
     seen = _all_seen(control) or _all_seen(control, after=1.0)  # file systems of networks take a moment
     dist.barrier()
-    own.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of what could not be written
+        own.unlink()
     if not seen:
         yield Problem(here, f"{output_dir} is not the folder that the other nodes see there", mend, False)
 
@@ -238,8 +280,8 @@ def compare(nodes: Sequence[Node]) -> list[Problem]:
     """What of each node is not as it is at the first."""
     first, found = nodes[0], []
     for node in nodes[1:]:
-        if node.commit != first.commit:
-            what = f"it has the code of commit {node.commit}, {first.name} that of {first.commit}"
+        if node.code != first.code:
+            what = f"its code is not that of {first.name} (commits {node.commit} and {first.commit})"
             found.append(Problem(node.name, what, "have all nodes see one checkout", False))
         for name, version in first.versions.items():
             other = node.versions.get(name)
@@ -249,11 +291,17 @@ def compare(nodes: Sequence[Node]) -> list[Problem]:
         if (node.gpus, node.driver) != (first.gpus, first.driver):
             what = f"its GPUs are {_described(node)}, those of {first.name} {_described(first)}"
             found.append(Problem(node.name, what, "ask for nodes of one kind, --constraint", False))
-        off = node.clock - first.clock
-        if abs(off) > _LARGEST_CLOCK_DIFFERENCE:
-            what = f"its clock is {off:+.1f} s off that of {first.name}"
-            found.append(Problem(node.name, what, "have it synchronized (chrony, NTP)", False))
     return found
+
+
+def clocks_apart(nodes: Sequence[Node]) -> list[str]:
+    """What is said of clocks that differ, which no training depends on: timestamps in logs and MLflow do."""
+    apart = [(node.name, node.clock - nodes[0].clock) for node in nodes]
+    return [
+        f"{name}: its clock is {off:+.1f} s off that of {nodes[0].name}; have it synchronized (chrony, NTP)"
+        for name, off in apart
+        if abs(off) > _LARGEST_CLOCK_DIFFERENCE
+    ]
 
 
 def _described(node: Node) -> str:
@@ -263,28 +311,30 @@ def _described(node: Node) -> str:
 # ------------------------------------------------------------------------------------------------------ the network
 
 
-def _measure(device: str) -> tuple[float, float]:
+def _measure(device: str, timeout: timedelta) -> tuple[float, float]:
     """Seconds of a small all-reduce over all nodes, and bytes a second of a large one: what a link carries each way.
 
-    Of one node, which has no links, the second is 0.
+    A process a node takes part. Of one node, which has no links, the second is 0.
     """
     import torch
     import torch.distributed as dist
 
     small, large = torch.zeros(2, device=device), torch.zeros(_LARGE // 4, device=device)
-    size = cli.world_size()
-    group = dist.new_group(backend="nccl") if device == "cuda" else None
+    firsts = range(0, cli.world_size(), _local_size())
+    group = dist.new_group(firsts, backend="nccl" if device == "cuda" else "gloo", timeout=timeout)
+    if cli.rank() not in firsts:
+        return 0.0, 0.0
     latency = _time(small, group)
-    carried = 2 * (size - 1) / size * _LARGE  # of a ring
+    carried = 2 * (len(firsts) - 1) / len(firsts) * _LARGE  # of a ring
     return latency, carried / _time(large, group)
 
 
-def _time(tensor: torch.Tensor, group: ProcessGroup | None) -> float:
+def _time(tensor: torch.Tensor, group: ProcessGroup) -> float:
     import torch.distributed as dist
 
     seconds = []
     for _ in range(_TRIES):
-        dist.barrier()
+        dist.barrier(group)
         begin = time.perf_counter()
         dist.all_reduce(tensor, group=group)
         tensor[:1].cpu()  # waits for a GPU
@@ -302,6 +352,8 @@ def _report(nodes: Sequence[Node], found: Sequence[Problem], latency: float, ban
         speed = f"{latency * 1e3:.2f} ms, {8 * bandwidth / 1e9:.2f} Gbit/s a link"
         apart = max(clocks) - min(clocks)
         cli.say(f"preflight: all-reduce over {len(nodes)} nodes: {speed}; clocks within {apart:.3f} s")
+    for note in clocks_apart(nodes):
+        cli.say(f"preflight: note: {note}")
     for problem in found:
         cli.say(f"preflight: error: {problem.node}: {problem.what}; {problem.mend}")
     cli.say(f"preflight: {'not passed' if found else 'passed'} in {seconds:.1f} s")
