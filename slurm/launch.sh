@@ -53,13 +53,12 @@ python_here() { exec srun --nodes=1 --ntasks=1 "${python[@]}" "$@"; }
 
 # tasks_per_node: that sbatch was asked for; 1 if for none
 tasks_per_node() {
-  local tasks=${SLURM_NTASKS_PER_NODE:-}
+  local tasks=${SLURM_NTASKS_PER_NODE:-} all=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
   if [ -z "$tasks" ]; then
-    [ $((${SLURM_NTASKS:-1} % SLURM_JOB_NUM_NODES)) -eq 0 ] || [ "$SLURM_NTASKS" -lt "$SLURM_JOB_NUM_NODES" ] ||
-      die "$SLURM_NTASKS tasks are not as many on each of $SLURM_JOB_NUM_NODES nodes: give --ntasks-per-node"
-    tasks=$((${SLURM_NTASKS:-1} / SLURM_JOB_NUM_NODES))
+    [ $((all % SLURM_JOB_NUM_NODES)) -eq 0 ] || die "$all tasks are not as many on each of $SLURM_JOB_NUM_NODES nodes: give --ntasks-per-node"
+    tasks=$((all / SLURM_JOB_NUM_NODES))
   fi
-  echo $((tasks > 1 ? tasks : 1))
+  echo "$tasks"
 }
 
 # processes_per_node TASKS: the tasks of a node, else from site.sh, else its GPUs; 1 where there are none of these

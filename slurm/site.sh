@@ -12,7 +12,8 @@
 # --- the software of a compute node
 # module load cuda
 # export GFRNN_PYTHON=/shared/gfrnn/.venv/bin/python     # default: .venv/bin/python of the checkout, else python3
-# export GFRNN_CONTAINER="apptainer exec --nv /shared/gfrnn.sif"   # put before the Python of every task
+# export GFRNN_CONTAINER="apptainer exec --nv /shared/gfrnn.sif"   # put before the Python of every task; words without quotes
+# export GFRNN_HOST_PYTHON=python3.9   # with a container: what watches the job, outside it; 3.9 or newer
 
 # --- the network: default is the interface that reaches the first node's address
 # export GFRNN_INTERFACE=ib0
@@ -21,7 +22,7 @@
 # export GFRNN_PROCESSES_PER_NODE=4
 
 # --- after how many seconds a process is given up (slurm/supervise.py --help)
-# export GFRNN_SILENT_SECONDS=60 GFRNN_STALLED_SECONDS=900 GFRNN_START_SECONDS=300
+# export GFRNN_SILENT_SECONDS=60 GFRNN_STALLED_SECONDS=900 GFRNN_START_SECONDS=300 GFRNN_STOP_SECONDS=240
 
 # --- tracking, if not in a SQLite file beside the run
 # export MLFLOW_TRACKING_URI=https://mlflow.example.org

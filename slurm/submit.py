@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,10 +83,10 @@ def plan(arguments: argparse.Namespace, sbatch: list[str], flags: list[str]) -> 
 
 
 def read_points(path: Path) -> list[list[str]]:
-    """The flags of each line of a file of points, as study.sbatch reads it."""
+    """The flags of each line of a file of points."""
     try:
-        lines = [re.sub("#.*", "", line) for line in path.read_text().splitlines()]
-        points = [shlex.split(line) for line in lines if line.strip()]
+        points = [shlex.split(line, comments=True) for line in path.read_text().splitlines()]
+        points = [point for point in points if point]
     except (OSError, UnicodeDecodeError) as error:
         raise Error(f"--points {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from error
     except ValueError as error:
@@ -95,6 +94,14 @@ def read_points(path: Path) -> list[list[str]]:
     if not points:
         raise Error(f"--points {path}: it has no point; a line is the flags of one training")
     return points
+
+
+def print_point(path: Path, number: str) -> None:
+    """For study.sbatch: the flags of one line, one a line."""
+    points = read_points(path)
+    if not number.isdigit() or not 0 < int(number) <= len(points):
+        raise Error(f"{path} has no point {number or 'without a number'}: sbatch --array=1-{len(points)}")
+    print("\n".join(points[int(number) - 1]))
 
 
 def values_of(flags: Sequence[str], *names: Sequence[str]) -> dict[str, str]:
@@ -124,16 +131,15 @@ def check(jobs: list[Job], arguments: argparse.Namespace, environment: dict[str,
     """Raises Error if src/train.py refuses the flags; where it cannot run here, nothing is known."""
     venv = HOME / ".venv/bin/python"
     python = environment.get("GFRNN_PYTHON") or (str(venv) if venv.exists() else "python3")
-    command = [*shlex.split(environment.get("GFRNN_CONTAINER", "")), python, "src/train.py", "--dry-run"]
+    command = [*environment.get("GFRNN_CONTAINER", "").split(), python, "src/train.py", "--dry-run"]
     if shutil.which(command[0], path=environment.get("PATH")) is None:
         return say(f"{command[0]} is not on this machine: the flags of the training are not looked at")
     flags = jobs[0].flags
-    points = (
-        [(f"point {n}: ", [*p, *flags[1:]]) for n, p in enumerate(read_points(arguments.points), 1)]
-        if (arguments.kind == "study")
-        else [("", flags)]
-    )
-    for name, each in points:
+    trainings = [("", flags)]
+    if arguments.kind == "study":
+        points = enumerate(read_points(arguments.points), 1)
+        trainings = [(f"point {number}: ", [*point, *flags[1:]]) for number, point in points]
+    for name, each in trainings:
         done = subprocess.run([*command, *each], cwd=HOME, env=environment, capture_output=True)
         said = done.stderr.decode(errors="replace").strip().splitlines()
         if done.returncode == USER:
@@ -194,6 +200,8 @@ def say(line: str) -> None:
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
     head, flags = sys.argv[1:], []
+    if head[:1] == ["point"] and len(head) == 3:
+        return guard(lambda: print_point(Path(head[1]), head[2]))
     if "--" in head:
         at = head.index("--")
         head, flags = head[:at], head[at + 1 :]
@@ -218,13 +226,22 @@ def main() -> None:
             sub.add_argument("--export-flags", default="", metavar="FLAGS", help="more flags for export/to_onnx.py")
             sub.add_argument("--after", default="", metavar="FLAGS", help="sbatch's flags for these two jobs")
     arguments, sbatch = parser.parse_known_args(head)
+    return guard(lambda: run(arguments, sbatch, flags))
+
+
+def run(arguments: argparse.Namespace, sbatch: list[str], flags: list[str]) -> None:
+    jobs, environment = plan(arguments, sbatch, flags), site()
+    check(jobs, arguments, environment)
+    if arguments.dry_run:
+        show(jobs, environment)
+    else:
+        submit(jobs, environment)
+
+
+def guard(what: Callable[[], None]) -> None:
+    """A user's error is one line."""
     try:
-        jobs, environment = plan(arguments, sbatch, flags), site()
-        check(jobs, arguments, environment)
-        if arguments.dry_run:
-            show(jobs, environment)
-        else:
-            submit(jobs, environment)
+        what()
     except Error as error:
         say(f"error: {error}")
         sys.exit(USER)

@@ -88,6 +88,21 @@ def test_a_point_that_cannot_work_is_named(tmp_path: Path) -> None:
     assert (done.returncode, "error: point 2: Error parsing --rows" in done.stderr) == (2, True)
 
 
+def test_odd_lines_of_points(tmp_path: Path) -> None:
+    """study.sbatch has a point's flags from here."""
+    points = tmp_path / "points.txt"
+    points.write_text("--a '1 #2'  \t--b \"it's\" # c\n#--none\n \t \n--c=\\$x --d ''\n--e é")
+    expected = [["--a", "1 #2", "--b", "it's"], ["--c=$x", "--d", ""], ["--e", "é"]]
+    assert [submit("point", points, str(n)).stdout for n in (1, 2, 3)] == ["\n".join(p) + "\n" for p in expected]
+    for number in ("0", "4", ""):
+        done = submit("point", points, number)
+        assert done.returncode == 2
+        assert f"points.txt has no point {number or 'without a number'}: sbatch --array=1-3" in done.stderr
+    points.write_text("--rows 'eight\n")
+    done = submit("point", points, "1")
+    assert (done.returncode, "No closing quotation" in done.stderr) == (2, True)
+
+
 def test_without_slurm(tmp_path: Path) -> None:
     (tmp_path / "bash").symlink_to("/bin/bash")
     (tmp_path / "env").symlink_to("/usr/bin/env")
@@ -96,6 +111,6 @@ def test_without_slurm(tmp_path: Path) -> None:
     assert "error: there is no sbatch here: submit from a login node" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["submit", "supervise"])
+@pytest.mark.parametrize("name", ["submit", "supervise", "verdicts"])
 def test_python_of_login_nodes_is_old(name: str) -> None:
     ast.parse((ROOT / f"slurm/{name}.py").read_text(), feature_version=(3, 9))
