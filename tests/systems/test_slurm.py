@@ -28,8 +28,8 @@ from launch import ROOT, SMALL, losses, metrics, summary, train, validations
 TRAIN = ROOT / "slurm/train.sbatch"
 UPDATES = 300
 FLAGS = [*SMALL, *f"--max-updates {UPDATES} --checkpoint-every 20 --valid-every 100".split()]
-# Layer norm amplifies rounding, which is another for each number of processes (docs/programs.md). A constant rate does not
-# depend on where a training is to end.
+# Layer norm amplifies rounding, which is another for each number of processes (docs/programs.md); a constant rate does
+# not depend on where a training is to end.
 FLAGS += ["--no-layer-norm", "--schedule", "constant"]
 ENDLESS = [*FLAGS, "--max-updates", "1000000", "--checkpoint-every", "0"]  # until they are cancelled
 CHAIN = {"train": "out", "evaluate": "out-gfrnn-evaluate", "export": "out-gfrnn-export"}

@@ -1,0 +1,64 @@
+"""What measurements say of scaling, as curves: strong (the same rows on more processes) and weak (as many for each)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from gfrnn.scaling.records import Measurement, Point
+
+Scaling = Literal["strong", "weak"]
+
+_ROWS: dict[Scaling, Callable[[Point], str]] = {
+    "strong": lambda point: f"{point.rows} rows",
+    "weak": lambda point: f"{point.rows / point.world_size:g} rows a process",
+}
+
+
+class On(NamedTuple):
+    """A curve's value at a number of processes."""
+
+    measurement: Measurement
+    ideal: float
+    """Characters a second, had nothing been lost since the curve's first point."""
+
+    @property
+    def world_size(self) -> int:
+        return self.measurement.point.world_size
+
+    @property
+    def efficiency(self) -> float:
+        return self.measurement.characters_per_second / self.ideal
+
+
+class Curve(NamedTuple):
+    """Points that differ in the number of processes (and nodes) alone."""
+
+    name: str
+    points: tuple[On, ...]
+
+
+def curves(measurements: Sequence[Measurement], scaling: Scaling) -> list[Curve]:
+    """Of two points and more; those that failed are left out."""
+    groups: dict[str, list[Measurement]] = defaultdict(list)
+    for measurement in measurements:
+        if not measurement.failed:
+            groups[f"{_ROWS[scaling](measurement.point)}, {setting(measurement)}"].append(measurement)
+    found = []
+    for name, group in groups.items():
+        group.sort(key=lambda measurement: (measurement.point.world_size, measurement.point.nodes))
+        first = group[0]
+        alone = first.characters_per_second / first.point.world_size
+        points = tuple(On(measurement, alone * measurement.point.world_size) for measurement in group)
+        if len({point.world_size for point in points}) > 1:
+            found.append(Curve(name, points))
+    return found
+
+
+def setting(measurement: Measurement) -> str:
+    """All of a measurement but rows and processes, in words."""
+    point, machine = measurement.point, measurement.machine
+    words = [point.preset, point.ds_config, point.dtype, f"T {point.steps}"]
+    words += [point.compression] * (point.compression != "none") + [machine.network] * bool(machine.network)
+    return " ".join([*words, machine.device])

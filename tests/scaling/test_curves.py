@@ -1,0 +1,40 @@
+"""Strong and weak scaling from measurements."""
+
+from __future__ import annotations
+
+import pytest
+
+from gfrnn.scaling.curves import curves
+from gfrnn.scaling.records import Machine, Measurement, Point
+
+MACHINE = Machine("cpu", 1)
+
+
+def measured(world_size: int, rows: int, seconds: float, **other: str) -> Measurement:
+    point = Point(world_size=world_size, rows=rows, steps=10, **other)  # type: ignore[arg-type]
+    return Measurement(point, MACHINE, step_seconds=seconds, characters=rows * 10)
+
+
+def test_strong_and_weak() -> None:
+    found = [
+        measured(2, 8, 0.6),
+        measured(1, 8, 1.0),
+        measured(2, 16, 1.25),
+        Measurement(Point(world_size=4, rows=8, steps=10), MACHINE, failed="out of memory"),
+        measured(4, 8, 0.5),
+        measured(1, 8, 2.0, ds_config="z3"),
+    ]
+    (strong,) = curves(found, "strong")
+    assert strong.name == "8 rows, gf-lstm-5x700 z0 fp32 T 10 cpu"
+    assert [point.world_size for point in strong.points] == [1, 2, 4]
+    assert [point.efficiency for point in strong.points] == pytest.approx([1, 1 / 1.2, 0.5])
+    assert [point.ideal for point in strong.points] == pytest.approx([80, 160, 320])
+    (weak,) = curves(found, "weak")
+    assert weak.name.startswith("8 rows a process")
+    assert [point.efficiency for point in weak.points] == pytest.approx([1, 0.8])
+
+
+def test_machines_are_kept_apart() -> None:
+    one = measured(1, 8, 1.0)
+    other = Measurement(Point(world_size=2, rows=8, steps=10), Machine("cpu", 1, "1gbit"), step_seconds=1, characters=1)
+    assert curves([one, other], "strong") == []
