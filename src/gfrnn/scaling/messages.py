@@ -75,7 +75,7 @@ def gathers(ds_config: dict[str, Any], parameters: Sequence[int]) -> int:
         return 0
     zero = ds_config["zero_optimization"]
     most = zero.get("stage3_param_persistence_threshold", zero.get("param_persistence_threshold", _PERSISTENT))
-    return int(ds_config["gradient_accumulation_steps"]) * sum(size > most for size in parameters)
+    return int(ds_config["gradient_accumulation_steps"] * sum(size > most for size in parameters))
 
 
 def parameter_elements(settings: Settings) -> tuple[int, ...]:
