@@ -156,7 +156,7 @@ class Model:
             flops=sizes(settings).train_flops * point.rows * point.steps,
             efficiency=efficiency,
             efficiency_low=efficiency / unsure,
-            efficiency_high=efficiency * unsure,
+            efficiency_high=min(efficiency * unsure, max(1.0, efficiency)),  # nothing in the model is faster together
             compared=compared,
         )
 

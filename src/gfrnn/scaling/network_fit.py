@@ -41,20 +41,21 @@ class _Fit:
         intra = any(each.nodes == 1 for each in timed)
         inter = any(each.nodes > 1 for each in timed)
         kinds = sorted({each.kind for each in timed}, key=lambda kind: (kind != "all_reduce", kind))
-        latency, bandwidth = self.guess()
-        link = Link(latency, bandwidth)
-        self.start = Network(link, link, latency, dict.fromkeys(kinds[1:], 1.0), algorithms)
+        links = [self.guess(between) for between in (False, True) if (intra, inter)[between]]
+        self.start = Network(links[0], links[-1], links[0].latency, dict.fromkeys(kinds[1:], 1.0), algorithms)
         call = len({(each.world_size, each.nodes) for each in timed}) > intra + inter
         free = np.array([call, intra, intra, inter, inter] + [True] * len(kinds[1:]))
         self.free, self.intra, self.inter = np.flatnonzero(free), intra, inter
         self.assumed = tuple(name for name, is_free in zip(self.start.names, free, strict=True) if not is_free)
         self.scale = self.start.constants[self.free]
 
-    def guess(self) -> tuple[float, float]:
-        """Latency and bandwidth of the order that the shortest and the largest message say."""
-        shortest = min(self.timed, key=lambda each: each.seconds)
-        largest = max(self.timed, key=lambda each: each.bytes)
-        return shortest.seconds / shortest.world_size, max(largest.bytes, 1) / largest.seconds
+    def guess(self, between: bool) -> Link:
+        """Of the order that the shortest and the largest message over the link say."""
+        over = [each for each in self.timed if (each.nodes > 1) == between]
+        shortest = min(over, key=lambda each: each.seconds)
+        largest = max(over, key=lambda each: (each.bytes, each.nodes))
+        sharing = largest.world_size // largest.nodes if between else 1
+        return Link(shortest.seconds / shortest.world_size, max(largest.bytes, 1) / largest.seconds / sharing)
 
     def at(self, x: NDArray[np.float64]) -> Network:
         constants = self.start.constants
