@@ -31,7 +31,7 @@ def load(rows: int, steps: int = 50, *, accumulation: int = 1, share: int = 1, s
 
 
 def taken(at: Load, noise: float = 0.0, seed: int = 0) -> dict[str, float]:
-    random = np.random.default_rng([seed, at.rows, at.steps, at.micro_batches])
+    random = np.random.default_rng([seed, at.rows, at.steps, at.micro_batches, int(at.updated), at.gathers])
     return {
         part: float(at.terms(tuple(terms)) @ list(terms.values()) * np.exp(noise * random.normal()))
         for part, terms in TRUE.items()

@@ -129,14 +129,15 @@ def test_bf16_compression_halves_the_gradients(fitted: Model) -> None:
     point = POINTS[3]
     halved = dataclasses.replace(point, compression="bf16")
     whole, half = (fitted.predict(each, ds_config_of(each)).network_seconds for each in (point, halved))
-    assert whole / half == pytest.approx(2, rel=0.1)
+    saved = 2 * sizes(preset(PRESET)).total  # bytes; of an all-reduce of four, at 0.11 GB/s
+    assert whole - half == pytest.approx(2 * 3 / 4 * saved / 0.11e9, rel=0.01)
 
 
 def test_messages_may_be_given(fitted: Model) -> None:
     point = POINTS[3]
     none, some = (fitted.predict(point, ds_config_of(point), sent=sent) for sent in ([], [Message("reduce", 1e8, 1)]))
     assert none.parts["communication"] == none.network_seconds == 0
-    assert some.parts["communication"] == pytest.approx(fitted.network.seconds("reduce", 1e8, 4, 4), rel=0.02)  # type: ignore[union-attr]
+    assert some.parts["communication"] == pytest.approx(NETWORK.seconds("reduce", 1e8, 4, 4), rel=0.02)
 
 
 def test_what_is_hidden_is_found_by_configuration() -> None:
@@ -187,7 +188,7 @@ def test_two_points_are_enough() -> None:
 
 
 def test_intervals_hold_what_they_say() -> None:
-    """90 %: of points in the range, from 40 noisy studies, of both noise and what is fitted to it."""
+    """90 %, about: of new noisy points within the range, predicted by 40 noisy studies."""
     new = [
         Point(PRESET, "z2", world_size=W, nodes=N, rows=rows * W, steps=20)
         for W, N, rows in ((1, 1, 16), (4, 1, 16), (4, 4, 24), (2, 1, 32))
@@ -264,7 +265,7 @@ def test_clusters_from_1_to_4096(name: str) -> None:
     efficiencies = [each.efficiency for each in found]
     assert efficiencies[0] == pytest.approx(1)
     assert efficiencies == sorted(efficiencies, reverse=True)
-    assert all(0 < each.efficiency_low < each.efficiency <= each.efficiency_high <= 1 for each in found)
+    assert all(0 < each.efficiency_low < each.efficiency < each.efficiency_high <= 1 for each in found[1:])
     assert found[-1].high / found[-1].low > found[0].high / found[0].low > 1.5
     alone = found[0]
     assert 0.02 < alone.flops / alone.step_seconds / cluster.peak_flops("bf16") < 0.8
@@ -298,7 +299,7 @@ def test_a_faster_network_scales_further() -> None:
 
 
 def test_a_measured_gpu_in_a_described_cluster() -> None:
-    """One process' points give what it computes, the data sheet what it sends; so it is surer than a data sheet alone."""
+    """One process' points give what it computes, the data sheet what it sends: surer than a data sheet alone."""
     alone = fit([measured(truth(), point) for point in POINTS if point.world_size == 1], [], ds_config_of)
     cluster, point = load_cluster("dgx-h100"), POINTS[3]
     mixed = for_cluster(cluster, [point], measured=alone).predict(point, ds_config_of(point))
