@@ -11,7 +11,7 @@ import pytest
 from gfrnn.config import UserError
 from gfrnn.scaling.messages import Message
 from gfrnn.scaling.network import GLOO, KINDS, NCCL, Link, Network
-from gfrnn.scaling.network_fit import errors, fit
+from gfrnn.scaling.network_fit import errors, fit, fit_layouts
 from gfrnn.scaling.records import Timed
 
 GPUS = Network(Link(3e-6, 450e9), Link(8e-6, 50e9))
@@ -175,3 +175,32 @@ def test_a_real_sweep() -> None:
 def test_a_sweep_of_one_process_says_nothing() -> None:
     with pytest.raises(UserError, match="two or more processes"):
         fit([Timed("all_reduce", 1024, 1, 1, 1e-5)])
+
+
+def test_a_crowded_layout_has_constants_of_its_own() -> None:
+    """Four processes on two cores, whose steps wait to be scheduled: five times the latency of two processes."""
+    crowded = dataclasses.replace(HOSTS, intra=Link(150e-6, 0.5e9))
+    times = sweep(HOSTS, 0.03, worlds=((2, 1), (2, 2), (4, 4))) + sweep(crowded, 0.03, worlds=((4, 1),))
+    overall = fit(times)
+    found = fit_layouts(times, overall)
+    assert (4, 1) in found
+    own = [each for each in times if (each.world_size, each.nodes) == (4, 1)]
+    assert float(np.median(np.abs(errors(found[4, 1], own)))) < 0.04
+    assert float(np.median(np.abs(errors(overall, own)))) > 0.1
+    sent = [Message("all_reduce", 1e6, 1)]
+    assert 0 < found[4, 1].deviation(sent, 4, 1) < 0.1 * found[4, 1].total(sent, 4, 1)
+
+
+def test_layouts_that_are_described_have_none() -> None:
+    times = sweep(HOSTS, 0.05)
+    assert fit_layouts(times, fit(times)) == {}
+
+
+def test_a_mixed_layout_alone_is_as_sure_as_its_times() -> None:
+    """Two nodes of two: both links in one, but no doubt about this layout."""
+    times = sweep(HOSTS, 0.03, worlds=((4, 2),))
+    wrong = dataclasses.replace(HOSTS, inter=Link(1e-5, 1e9))
+    network = fit_layouts(times, wrong)[4, 2]
+    sent = [Message("all_reduce", 1e6, 1)]
+    assert network.total(sent, 4, 2) == pytest.approx(HOSTS.total(sent, 4, 2), rel=0.1)
+    assert network.deviation(sent, 4, 2) < 0.1 * network.total(sent, 4, 2)

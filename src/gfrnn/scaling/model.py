@@ -74,12 +74,10 @@ class _Estimate(NamedTuple):
     parts: dict[str, float]
     terms: dict[str, NDArray[np.float64]]
     """By part: what its coefficients are multiplied with."""
-    network: NDArray[np.float64] | None
-    """Gradient of the step by the network's constants."""
     network_seconds: float
     stragglers: float
-    own: float
-    """Seconds: standard deviation of what exposed and stragglers add."""
+    waited: float
+    """Seconds: standard deviation of the part communication, from the network's constants, exposed and stragglers."""
     extra: float
     """Relative standard deviation of extrapolation."""
 
@@ -96,6 +94,8 @@ class Model:
     """By preset and dtype."""
     network: Network | None = None
     """None: no sweep, so one process alone is predicted."""
+    layouts: Mapping[tuple[int, int], Network] = field(default_factory=dict)
+    """By world size and nodes, where these have constants of their own (network_fit.py)."""
     exposed: dict[str, float] = field(default_factory=dict)
     """By Point.ds_config."""
     exposed_elsewhere: float = 1.0
@@ -194,6 +194,12 @@ class Model:
         nearest = min(doublings, key=lambda key: doublings[key])
         return fitting[nearest], doublings[nearest] + 1  # another model of the same size is not the same
 
+    def network_at(self, point: Point) -> Network:
+        """Its layout's. Raises UserError if there was no sweep."""
+        if self.network is None:
+            raise UserError("the collectives were not timed; run the sweep before several processes are predicted")
+        return self.layouts.get((point.world_size, point.nodes), self.network)
+
     def _peak(self, point: Point) -> float | None:
         known = {key: peak for key, peak in self.peaks.items() if key[0] == point.dtype}
         if not known:
@@ -223,22 +229,24 @@ class Model:
             _DOUBLING_PRESET * doublings,
             _DOUBLING * max(0.0, math.log2(point.world_size / self.largest_world)),
         ]
-        network, seconds, stragglers, own = None, 0.0, 0.0, 0.0
+        seconds, stragglers, waited = 0.0, 0.0, 0.0
         if point.world_size > 1:
-            if self.network is None:
-                raise UserError("the collectives were not timed; run the sweep before several processes are predicted")
             if sent is None:
                 sent = messages_of(point, ds_config, parameter_elements(settings))
-            seconds = self.network.total(sent, point.world_size, point.nodes)
+            network = self.network_at(point)
+            seconds = network.total(sent, point.world_size, point.nodes)
             exposed = self.exposed.get(point.ds_config, self.exposed_elsewhere)
-            network = exposed * self.network.gradient(sent, point.world_size, point.nodes)
             stragglers = self.straggling * slowest(point.world_size) * computed
-            own = math.hypot(self.exposed_deviation * exposed * seconds, _STRAGGLERS_DEVIATION * stragglers)
+            waited = math.hypot(
+                exposed * network.deviation(sent, point.world_size, point.nodes),
+                self.exposed_deviation * exposed * seconds,
+                _STRAGGLERS_DEVIATION * stragglers,
+            )
             parts["communication"] = exposed * seconds + stragglers
         else:
             parts["communication"] = 0.0
         terms = {name: load.terms(part.terms) for name, part in compute.parts.items()}
-        return _Estimate(parts, terms, network, seconds, stragglers, own, math.hypot(*extra))
+        return _Estimate(parts, terms, seconds, stragglers, waited, math.hypot(*extra))
 
     def _deviation(self, point: Point, found: _Estimate, base: _Estimate | None) -> float:
         """Relative standard deviation of a step, or of its ratio to another's of the same preset."""
@@ -249,11 +257,8 @@ class Model:
             if base is not None:
                 terms = terms - base.terms[name] / base.seconds
             computed += part.deviation(terms)
-        waited = 0.0
-        if found.network is not None and self.network is not None and self.network.covariance is not None:
-            waited = math.sqrt(max(0.0, float(found.network @ self.network.covariance @ found.network)))
         extra = found.extra - (base.extra if base else 0.0)
-        return math.hypot(computed, waited / found.seconds, found.own / found.seconds, extra)
+        return math.hypot(computed, found.waited / found.seconds, extra)
 
 
 def messages_of(point: Point, ds_config: dict[str, Any], parameters: tuple[int, ...]) -> list[Message]:

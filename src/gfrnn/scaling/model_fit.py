@@ -44,9 +44,11 @@ def fit(measurements: Sequence[Measurement], sweep: Sequence[Timed], ds_config_o
     for each in used:
         if each.peak_flops:
             peaks[each.point.dtype, each.point.world_size, each.point.nodes].append(_peak(each))
+    network = network_fit.fit(sweep, algorithms) if sweep else None
     model = Model(
         computes={},
-        network=network_fit.fit(sweep, algorithms) if sweep else None,
+        network=network,
+        layouts=network_fit.fit_layouts(sweep, network, algorithms) if network else {},
         largest_world=max(worlds),
         peaks={key: statistics.median(found) for key, found in peaks.items()},
         straggling=_straggling(used),
@@ -103,7 +105,7 @@ def _with_exposed(model: Model, used: Sequence[Measurement], ds_config_of: Confi
         sent = messages_of(point, ds_config_of(point), parameters)
         computed = sum(each.parts.values()) - each.parts["communication"]
         stragglers = model.straggling * slowest(point.world_size) * computed
-        seconds = model.network.total(sent, point.world_size, point.nodes)
+        seconds = model.network_at(point).total(sent, point.world_size, point.nodes)
         ratios[point.ds_config].append(max(0.0, each.parts["communication"] - stragglers) / seconds)
     if not ratios:
         return model

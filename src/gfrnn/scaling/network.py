@@ -140,6 +140,14 @@ class Network:
             found[index] = (self.with_constants(moved).total(sent, world_size, nodes) - base) / step
         return found
 
+    def deviation(self, sent: Iterable[Message], world_size: int, nodes: int = 1) -> float:
+        """Standard deviation of `total`, from the constants'."""
+        if self.covariance is None:
+            return 0.0
+        slope = self.gradient(sent, world_size, nodes)
+        variance = float(slope @ self.covariance @ slope)
+        return math.sqrt(max(variance, 0.0))
+
 
 def _log2(count: int) -> int:
     return math.ceil(math.log2(count))

@@ -15,6 +15,7 @@ from gfrnn.scaling.records import Timed
 _OUTLIER = 0.1  # relative error beyond which one counts linearly, not squared
 _UNKNOWN = 1.0  # relative standard deviation of what was not measured
 _SATURATED = 0.1  # relative standard deviation if there are no more times than constants
+_BETTER = 0.7  # of the overall fit's errors: from here a layout has constants of its own
 
 
 def fit(sweep: Sequence[Timed], algorithms: tuple[str, ...] = GLOO) -> Network:
@@ -30,14 +31,35 @@ def fit(sweep: Sequence[Timed], algorithms: tuple[str, ...] = GLOO) -> Network:
     return _Fit(timed, algorithms).network()
 
 
+def fit_layouts(
+    sweep: Sequence[Timed], overall: Network, algorithms: tuple[str, ...] = GLOO
+) -> dict[tuple[int, int], Network]:
+    """Constants of their own, by world size and nodes, for layouts that the overall ones do not describe.
+
+    More processes than cores are such: a step of a ring waits until the next process is scheduled. What is found holds
+    for this layout alone, both links in one.
+    """
+    found = {}
+    for layout in sorted({(each.world_size, each.nodes) for each in sweep if each.world_size > 1}):
+        timed = [each for each in sweep if (each.world_size, each.nodes) == layout and each.seconds > 0]
+        fitting = _Fit(timed, algorithms, alone=True)
+        if len(timed) < 2 * len(fitting.free):
+            continue
+        network = fitting.network()
+        rest = np.log1p(errors(overall, timed))
+        if network.spread < _BETTER * _winsorized(rest, len(rest)):
+            found[layout] = network
+    return found
+
+
 def errors(network: Network, sweep: Sequence[Timed]) -> list[float]:
     """Relative error of the network's time of each, predicted / measured - 1."""
     return [network.seconds(t.kind, t.bytes, t.world_size, t.nodes) / t.seconds - 1 for t in sweep]
 
 
 class _Fit:
-    def __init__(self, timed: list[Timed], algorithms: tuple[str, ...]) -> None:
-        self.timed = timed
+    def __init__(self, timed: list[Timed], algorithms: tuple[str, ...], alone: bool = False) -> None:
+        self.timed, self.alone = timed, alone
         intra = any(each.nodes == 1 for each in timed)
         inter = any(each.nodes > 1 for each in timed)
         kinds = sorted({each.kind for each in timed}, key=lambda kind: (kind != "all_reduce", kind))
@@ -86,9 +108,16 @@ class _Fit:
         spare = len(rest) - len(self.free)
         spread = _winsorized(rest, spare) if spare > 0 else _SATURATED
         jacobian = self.jacobian(best.x)
-        variances = np.diag((_UNKNOWN * network.constants) ** 2)
         inner = spread**2 * np.linalg.pinv(jacobian.T @ jacobian) * np.outer(self.scale, self.scale)
-        variances[np.ix_(self.free, self.free)] = inner
+        unknown = _UNKNOWN * network.constants
+        unknown[self.free] = 0.0
+        moves = np.zeros((len(unknown), len(self.free)))  # how constants follow the free ones
+        moves[self.free, np.arange(len(self.free))] = 1.0
+        if self.alone:  # nobody asks for another layout, where the links would be told apart
+            unknown[:] = 0.0
+            moves[1:3] += moves[3:5] * (not self.intra)
+            moves[3:5] += moves[1:3] * (not self.inter)
+        variances = moves @ inner @ moves.T + np.diag(unknown**2)
         return Network(
             network.intra,
             network.inter,
