@@ -61,6 +61,8 @@ class StudyFolder:
 
     def begin(self, points: list[Point], how: How) -> None:
         """Makes the study, or adds points to it. Raises UserError if it was measured in another way."""
+        if how.corpus_file is not None:  # processes may be started elsewhere
+            how = dataclasses.replace(how, corpus_file=how.corpus_file.absolute())
         if self._file.exists():
             self.read()
             was, now = (dataclasses.asdict(each) for each in (self.how, how))
@@ -123,8 +125,7 @@ def result_from(values: dict[str, Any]) -> Result:
 
 def _plain(how: How) -> dict[str, Any]:
     values = dataclasses.asdict(how)
-    file = how.corpus_file
-    return values | {"corpus_file": None if file is None else str(file.absolute())}
+    return values | {"corpus_file": None if how.corpus_file is None else str(how.corpus_file)}
 
 
 def _read(file: Path) -> dict[str, Any]:

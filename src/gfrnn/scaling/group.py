@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -117,10 +118,8 @@ def _popen(command: list[str], environment: dict[str, str], output: Path) -> sub
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """All of them, and what they started."""
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         if process.stdin is not None:
             process.stdin.close()

@@ -87,7 +87,7 @@ class RunCommand:
     """MLflow's."""
 
     def __call__(self, sbatch: list[str]) -> None:
-        from gfrnn.scaling.run import arrays, run_here, submit
+        from gfrnn.scaling.run import arrays, refuse_large, run_here, send, submit
         from gfrnn.scaling.store import Store
 
         if sbatch and not self.slurm:
@@ -105,6 +105,9 @@ class RunCommand:
                 if result is not None and result.measurement.failed:
                     (study.of(point) / "measurement.json").unlink()
         if self.slurm or self.dry_run:
+            if self.memory and not self.dry_run:  # of this machine nothing follows for a cluster's
+                refuse_large(study, numbers, 1e9 * self.memory)
+                send(study, store)
             submit(arrays(study, numbers, sbatch, self.experiment), dry_run=self.dry_run)
             return
         run_here(study, numbers, store, self.launcher, 1e9 * self.memory)

@@ -62,7 +62,7 @@ class Own:
 
 
 def measure(study: StudyFolder, point: Point) -> None:
-    """As one process of the point's group; the first writes the result. Raises UserError for what cannot be measured."""
+    """As one process of the point's group; the first writes the result. Raises UserError for what cannot be."""
     from gfrnn.scaling.collectives import Watch
 
     watch = Watch()  # before the process group

@@ -1,11 +1,13 @@
-"""What a study would take before it is run: the memory of each point, and its time if nothing waited for the network."""
+"""What a study would take, before it is run: the memory of each point, and its time without a network to wait for."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -79,8 +81,19 @@ def too_large(point: Point, how: How, memory: float) -> str:
 
 
 def room(point: Point, memory: float) -> float:
-    """Bytes that a process of the point may take: what is given, else an equal share of this machine's."""
-    return memory or _memory_here() / (point.world_size // point.nodes)
+    """Bytes that a process of the point may take: what is given, else a GPU's, else a share of this machine's."""
+    return memory or _gpu_memory() or _memory_here() / (point.world_size // point.nodes)
+
+
+@functools.cache
+def _gpu_memory() -> float:
+    """Bytes of the smallest GPU here; 0 where there is none."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        return min(float(line) for line in said.split()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0.0
 
 
 def _memory_here() -> int:

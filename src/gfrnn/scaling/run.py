@@ -26,6 +26,7 @@ def run_here(study: StudyFolder, numbers: Sequence[int], store: Store, launcher:
 
     memory: bytes that a process may take; 0: its share of this machine's. A point that fails does not end the others.
     """
+    send(study, store)  # what an earlier call could not
     for number in numbers:
         point, name = study.point(number), f"point {number} of {len(study.points)}, {study.point(number).name}"
         if study.result(point) is not None:
@@ -44,7 +45,7 @@ def run_here(study: StudyFolder, numbers: Sequence[int], store: Store, launcher:
             say(f"{name}: another study.py measures it; left out")
             continue
         _clean(study, number)
-    send(study, store)
+        send(study, store)
 
 
 def collect(study: StudyFolder, number: int, status: int, said: str, store: Store) -> None:
@@ -94,6 +95,14 @@ def describe(result: Result) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- SLURM
+
+
+def refuse_large(study: StudyFolder, numbers: Sequence[int], memory: float) -> None:
+    """Points that cannot fit in so many bytes a process are not submitted: they have failed."""
+    for number in numbers:
+        point = study.point(number)
+        if study.result(point) is None and (why := too_large(point, study.how, memory)):
+            _settle(study, number, why)
 
 
 def arrays(study: StudyFolder, numbers: Sequence[int], sbatch: Sequence[str], experiment: str) -> list[list[str]]:

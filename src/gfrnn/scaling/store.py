@@ -1,6 +1,6 @@
 """A study in MLflow: one run a measurement, from whose tags alone the measurement and its sweep are made again.
 
-Parameters and metrics are there to be looked at, sorted and plotted; artifacts are not used, as their paths do not travel.
+Parameters and metrics are there to be looked at, sorted and plotted. No artifacts: their paths do not travel.
 """
 
 from __future__ import annotations
