@@ -109,7 +109,7 @@ def test_what_is_not_there_is_one_line(uri: str, tmp_path: Path) -> None:
 
     client = MlflowClient(uri)
     client.create_run(client.create_experiment("trainings"))
-    with pytest.raises(UserError, match="no run of experiment trainings .* is a measurement of a study"):
+    with pytest.raises(UserError, match=r"no run of experiment trainings .* is a measurement of a study"):
         read(uri, "trainings")
     with pytest.raises(UserError, match="cannot be read: "):
         read("http://127.0.0.1:9", "scaling")
