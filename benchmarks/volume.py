@@ -109,7 +109,7 @@ def work(args: argparse.Namespace) -> None:
 
 def count(configs: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """All processes; what the first counted."""
-    from gfrnn.training.engine import free_port
+    from gfrnn.training.network import free_port
 
     with tempfile.TemporaryDirectory(prefix="gfrnn-") as folder:
         flags = ["--hidden-size", str(args.hidden_size), "--accumulation", str(args.accumulation)]

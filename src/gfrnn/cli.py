@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from gfrnn.config import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, RunFailed, Stopped, UserError
 
@@ -50,9 +50,10 @@ def parse(settings: type[T], argv: Sequence[str], default: T | None = None) -> T
     # the DeepSpeed launcher adds this to every script's command line; LOCAL_RANK in the environment says the same
     args = [arg for arg in argv if not arg.startswith("--local_rank=")]
     errors = io.StringIO()
+    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(errors):
-            return cast(T, tyro.cli(settings, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,)))
+            return cast(T, tyro.cli(settings, args=args, config=(tyro.conf.OmitArgPrefixes,), **given))
     except SystemExit as end:
         if end.code in (0, None):
             raise

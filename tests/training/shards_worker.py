@@ -25,7 +25,8 @@ from torch import nn
 
 from gfrnn.config import BatchSettings, OptimizerSettings, Settings
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config
-from gfrnn.training.engine import build_optimizer, free_port, init_distributed, initialize
+from gfrnn.training.engine import build_optimizer, init_distributed, initialize
+from gfrnn.training.network import free_port
 from gfrnn.training.shards import Average, Shards, set_learning_rate, step
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""What a process sends: every collective it takes part in, seen where DeepSpeed and this package both call it.
+"""What a process sends, and how long it waits: every collective, seen where DeepSpeed and this package both call it.
 
 DeepSpeed's own comms logger leaves out what does not go through deepspeed.comm, and counts what it sees in other units
 from one collective to the next.
@@ -6,13 +6,16 @@ from one collective to the next.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 
 @dataclass
@@ -45,7 +48,7 @@ _NO_TENSORS = ("group", "op", "async_op", "src", "dst")
 
 
 class Watch:
-    """Counts this process' collectives by kind, while `on`; barriers, which carry nothing, are left out.
+    """While `on`: counts this process' collectives by kind, and how long they keep it waiting, barriers too.
 
     Make it before the process group: DeepSpeed keeps some of the functions from then on. It stays until the end.
     """
@@ -53,18 +56,61 @@ class Watch:
     def __init__(self) -> None:
         self.on = False
         self.traffic: dict[str, Traffic] = {}
+        self.blocked = 0.0
+        """Seconds in calls that return when they are done, and in `wait` for those that do not. On CUDA, where both
+        return before, this says little: see exposed.py."""
+        self._inside = False
         for name, (kind, message) in _MESSAGES.items():
             setattr(dist, name, self._watched(getattr(dist, name), kind, message))
+        dist.barrier = self._timed(dist.barrier)
+        # stage 3 gathers several parameters at a time, and then waits for them together
+        manager = getattr(distributed_c10d, "_CoalescingManager", None)
+        if manager is not None:
+            manager.wait = self._timed(manager.wait)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Adds to `blocked`, once where one collective is made of others."""
+        if not self.on or self._inside:
+            yield
+            return
+        self._inside, begin = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._inside = False
+            self.blocked += time.perf_counter() - begin
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*given: Any, **named: Any) -> Any:
+            with self._waiting():
+                return function(*given, **named)
+
+        return call
 
     def _watched(
         self, function: Callable[..., Any], kind: str, message: Callable[[Sequence[Any]], int]
     ) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*given: Any, **named: Any) -> Any:
-            if self.on:
-                traffic = self.traffic.setdefault(kind, Traffic())
-                traffic.calls += 1
-                traffic.bytes += message([*given, *(v for key, v in named.items() if key not in _NO_TENSORS)])
-            return function(*given, **named)
+            if not self.on:
+                return function(*given, **named)
+            traffic = self.traffic.setdefault(kind, Traffic())
+            traffic.calls += 1
+            traffic.bytes += message([*given, *(v for key, v in named.items() if key not in _NO_TENSORS)])
+            with self._waiting():
+                handle = function(*given, **named)
+            return None if handle is None else _Handle(handle, self._timed(handle.wait))
 
         return call
+
+
+class _Handle:
+    """Of a collective that goes on: as torch's, but `wait` is timed."""
+
+    def __init__(self, handle: Any, wait: Callable[..., Any]) -> None:
+        self._handle, self.wait = handle, wait
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import socket
 import sys
 import warnings
 from datetime import timedelta
@@ -39,7 +38,7 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> torch.device
     """
     _quiet()
     if "RANK" not in os.environ:
-        os.environ.update(_ALONE, MASTER_PORT=str(free_port()))
+        os.environ.update(_ALONE, MASTER_PORT=str(network.free_port()))
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"RANK is set, but not {missing[0]}; start with the deepspeed command, or unset RANK")
@@ -114,10 +113,3 @@ def _quiet() -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

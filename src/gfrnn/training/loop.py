@@ -341,7 +341,7 @@ class Trainer:
         self.progress.say(f"scoring the test data with the weights of {best.name}")
         return self._summarize("finished", **_named("test", self.task.test(self.plain_model)), checkpoint=str(best))
 
-    def _peak_memory(self) -> int:
+    def peak_memory(self) -> int:
         """Bytes that training took in this process at most: CUDA's tensors, or what is resident but the imports."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
@@ -363,7 +363,7 @@ class Trainer:
             "wall_clock_s": self._wall_clock(),
             "world_size": self.world_size,
             "zero_stage": self.stage,
-            "peak_memory_bytes": self._peak_memory(),
+            "peak_memory_bytes": self.peak_memory(),
             **figures,
         }
         if self.rank == 0:

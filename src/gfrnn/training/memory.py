@@ -56,8 +56,13 @@ class Estimate:
         return sum(self.parts.values())
 
 
-def estimate(settings: Settings, ds_config: dict[str, Any], world_size: int) -> Estimate:
-    """Of a run with these settings, a config from resolve_ds_config and W processes."""
+def estimate(
+    settings: Settings, ds_config: dict[str, Any], world_size: int, *, updates_alone: bool = False
+) -> Estimate:
+    """Of a run with these settings, a config from resolve_ds_config and W processes.
+
+    updates_alone: of one that neither validates nor saves, as a study's points.
+    """
     stage, o = stage_of(ds_config), settings.optimization
     parameters = sizes(settings).total
     full, share = _FP32 * parameters, _FP32 * math.ceil(parameters / world_size)
@@ -111,6 +116,8 @@ def estimate(settings: Settings, ds_config: dict[str, Any], world_size: int) -> 
             "optimizer": temporary if stage == 3 else 0,
         },
     }
+    if updates_alone:
+        del moments["validation"], moments["after a checkpoint"]
     found = [_sum(name, always, parts) for name, parts in moments.items()]
     return max(found, key=lambda moment: moment.total)
 

@@ -126,16 +126,8 @@ class Sender:
         self._client = None
 
     def _connect(self, over: bool) -> MlflowClient:
-        from mlflow.tracking import MlflowClient
-
-        if (database := _sqlite_file(self.uri)) is not None and not database.exists():
-            _make_database(database)
-        client = MlflowClient(self.uri)
         name = self.sent.experiment
-        if (experiment := client.get_experiment_by_name(name)) is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            experiment_id = client.create_experiment(name, _artifact_location(self.uri, self.run_dir))
+        client, experiment_id = connect(self.uri, self.run_dir, name)
         found = client.search_runs([experiment_id], f"tags.`gfrnn.id` = '{self.sent.id}'", max_results=1)
         run = found[0] if found else self._create(client, experiment_id)
         if run.info.run_id != self.sent.run_id:  # nothing has arrived there
@@ -228,6 +220,19 @@ def tracking_uri(run_dir: Path) -> str:
         return before
     database = str(run_dir.absolute().parent / "mlflow.db")
     return "sqlite:///" + database.replace("%", "%25").replace("?", "%3F")
+
+
+def connect(uri: str, run_dir: Path, experiment: str) -> tuple[MlflowClient, str]:
+    """A client, and the id of the experiment of that name; makes what is not there: the database, the experiment."""
+    from mlflow.tracking import MlflowClient
+
+    if (database := _sqlite_file(uri)) is not None and not database.exists():
+        _make_database(database)
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        return client, str(found.experiment_id)
+    return client, str(client.create_experiment(experiment, _artifact_location(uri, run_dir)))
 
 
 def without_password(uri: str) -> str:

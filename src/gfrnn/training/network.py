@@ -44,3 +44,10 @@ def here() -> str:
     """This node, its address and its interface towards MASTER_ADDR, in words."""
     found = interface_to(os.environ["MASTER_ADDR"])
     return f"{node_name()} ({f'{found[1]} on {found[0]}' if found is not None else 'no way there'})"
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

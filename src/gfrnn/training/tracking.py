@@ -81,7 +81,7 @@ class Tracker:
 
 def add_to_run(run_dir: Path, figures: dict[str, float], files: Sequence[Path], *, step: int) -> None:
     """Adds metrics of a step and files to the MLflow run that follows a folder; says so where that fails."""
-    _quieten()
+    quieten()
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
@@ -92,7 +92,7 @@ def add_to_run(run_dir: Path, figures: dict[str, float], files: Sequence[Path], 
         for file in files:
             client.log_artifact(run_id, str(file))
     except Exception as error:  # every kind of store raises errors of its own
-        _say(f"at {without_password(tracking_uri(run_dir))} fails ({_reason(error)}); the figures are not there")
+        _say(f"at {without_password(tracking_uri(run_dir))} fails ({reason(error)}); the figures are not there")
 
 
 def ui_command(run_dir: Path) -> str:
@@ -158,7 +158,7 @@ def send(run_dir: Path, experiment: str, *, follow: bool, drain: float) -> int:
                 sender.disconnect()
                 failures += 1
                 next_try = time.monotonic() + min(LONGEST_BACK_OFF, 2.0 ** (failures - 1))
-                failing = f"at {sender.sent.tracking_uri} fails ({_reason(error)})"
+                failing = f"at {sender.sent.tracking_uri} fails ({reason(error)})"
                 if not trainer.patience:
                     rest = f"{sender.reader.unread()} lines, the end and files of {run_dir} are not sent"
                     _say(f"{failing}: {rest}; later: {_send_command(run_dir)}")
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
-    _quieten()
+    quieten()
     return send(arguments.run_dir, experiment, follow=arguments.follow, drain=arguments.drain)
 
 
@@ -201,7 +201,7 @@ def _experiment(run_dir: Path) -> str:
     return Sent.load(run_dir).experiment or RunFolder(run_dir).read_settings().run.experiment
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Before mlflow is imported: fail fast (retries are ours), say nothing, ask nobody."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -230,7 +230,7 @@ def _send_command(run_dir: Path) -> str:
     return f"python -m gfrnn.training.tracking {shlex.quote(str(run_dir))}"
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The innermost cause, in a line: the outer ones only say that a request failed."""
     while cause := error.__cause__ or error.__context__:
         error = cause

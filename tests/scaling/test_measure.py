@@ -1,0 +1,311 @@
+"""Real studies by the command line: what is measured adds up, and what happens to a study does not end it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+
+from gfrnn.scaling.exposed import exposed, shared, united, without
+from gfrnn.scaling.folder import StudyFolder
+from gfrnn.scaling.group import reason
+from gfrnn.scaling.measure import Own, combined
+from gfrnn.scaling.records import PARTS, Measurement
+from gfrnn.scaling.store import read
+from gfrnn.scaling.sweep import KINDS
+from launch import ROOT, environment, script
+
+GRID = ["--presets", "demo", "--rows", "8", "--steps", "10"]
+HOW = ["--warm-up", "1", "--updates", "3", "--repeats", "2", "--sweep-seconds", "0.4", "--network", "here"]
+
+
+def measured(study: Path) -> list[Measurement]:
+    """By its folder, in order; all points must be done."""
+    folder = StudyFolder(study).read()
+    results = [folder.result(point) for point in folder.points]
+    return [result.measurement for result in results if result is not None]
+
+
+def stamps(study: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in study.glob("points/*/measurement.json")}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two configs on one and two processes, and a point that cannot be."""
+    where = tmp_path_factory.mktemp("study") / "s"
+    flags = [*GRID, *HOW, "--ds-configs", "z2", "z3", "--world-sizes", "1", "2"]
+    done = script("study", "run", where, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4 of 4 points are done, 0 of them failed\n")
+    assert "ms an update" in done.stderr
+    return where
+
+
+def test_parts_add_up_to_the_step(study: Path) -> None:
+    for found in measured(study):
+        assert not found.failed
+        assert found.updates == 6
+        assert set(found.parts) == set(PARTS)
+        assert all(seconds >= 0 for seconds in found.parts.values())
+        assert found.step_seconds_low <= found.step_seconds <= found.step_seconds_high
+        # between the fastest and the slowest updates' own times, with room for what a process does alone
+        total = sum(found.parts.values())
+        assert 0.5 * found.step_seconds_low < total < 2 * found.step_seconds_high
+        busy = sum(found.busy_seconds) / len(found.busy_seconds)
+        assert len(found.busy_seconds) == found.point.world_size
+        assert busy + found.parts["communication"] == pytest.approx(total)
+        # an update is forward and backward through time
+        assert found.parts["forward"] + found.parts["backward"] > 0.4 * busy
+        assert found.parts["other"] < 0.2 * total
+        assert found.characters == 80
+        assert found.parameters == 1_223_049
+        assert 1e9 < found.peak_flops < 1e13
+        assert 0 < found.mfu < 1
+        assert found.joules is None
+        assert (found.machine.device, found.machine.threads, found.machine.network) == ("cpu", 1, "here")
+
+
+def test_one_process_hardly_waits_and_two_do(study: Path) -> None:
+    for alone, two in zip(*[iter(measured(study))] * 2, strict=True):
+        assert alone.parts["communication"] < 0.1 * sum(alone.parts.values())
+        assert two.parts["communication"] > alone.parts["communication"]
+
+
+def test_what_is_sent_is_what_theory_says(study: Path) -> None:
+    for found in measured(study):
+        if found.point.world_size == 1:
+            continue
+        total = sum(found.bytes.values())
+        for kind, size in found.bytes.items():
+            assert size == pytest.approx(found.predicted_bytes.get(kind, 0), abs=0.02 * total), found.point.name
+        assert set(found.calls) == set(found.bytes)
+        assert all(calls >= 1 for calls in found.calls.values())
+
+
+def test_memory_is_near_the_formula(study: Path) -> None:
+    for found in measured(study):
+        assert 0.5 < found.memory_bytes / found.predicted_memory_bytes < 1.5, found.point.name
+
+
+def test_collectives_on_their_own(study: Path) -> None:
+    folder = StudyFolder(study).read()
+    for point in folder.points:
+        result = folder.result(point)
+        assert result is not None
+        if point.world_size == 1:
+            assert result.sweep == ()
+            continue
+        assert {timed.kind for timed in result.sweep} == set(KINDS)
+        for kind in KINDS:
+            own = [timed for timed in result.sweep if timed.kind == kind]
+            assert own[0].bytes == 1024
+            assert all(timed.seconds > 0 and (timed.world_size, timed.nodes) == (2, 1) for timed in own)
+            assert [timed.bytes for timed in own] == [1024 * 4**power for power in range(len(own))]
+
+
+def test_mlflow_has_all_of_it(study: Path) -> None:
+    measurements, sweep = read(f"sqlite:///{study.parent}/mlflow.db", "gfrnn-study")
+    assert measurements == measured(study)
+    assert len(sweep) == sum(len(result.sweep) for result in results(study))
+
+
+def results(study: Path) -> Iterator[Any]:
+    folder = StudyFolder(study).read()
+    return (folder.result(point) for point in folder.points)
+
+
+def test_a_second_run_measures_nothing_and_new_flags_add_points(study: Path) -> None:
+    before = stamps(study)
+    done = script("study", "run", study)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4 of 4 points are done")
+    assert stamps(study) == before
+    done = script("study", "run", study, *GRID, "--world-sizes", "1", "2", "--memory", "0.01")
+    assert done.stdout.startswith("6 of 6 points are done, 2 of them failed\n"), done.stderr
+    assert {name: stamp for name, stamp in stamps(study).items() if name in before} == before
+    *_, large = measured(study)
+    assert large.failed.startswith("does not fit: a process would take ")
+    assert large.failed.endswith("MB it may; --memory says otherwise")
+    measurements, _ = read(f"sqlite:///{study.parent}/mlflow.db", "gfrnn-study")
+    assert measurements == measured(study)
+
+
+def start(study: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "src/study.py"), "run", str(study), *flags]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ranks(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
+    """The processes of the point that is measured now, once they are there and have a group."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(psutil.Error):  # one has just ended
+            found = [child for child in psutil.Process(process.pid).children() if "measure" in child.cmdline()]
+            if len(found) == count and all(child.net_connections() for child in found):
+                return found
+        time.sleep(0.05)
+    raise AssertionError(process.communicate())
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
+    """And what it started does not live on; a process that is killed is a result, which --again measures anew."""
+    where = tmp_path / "s"
+    flags = [*GRID, *HOW, "--world-sizes", "1", "2", "--sweep-seconds", "0"]
+    process = start(where, *flags)
+    deadline = time.monotonic() + 120
+    while len(stamps(where)) < 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    orphans = ranks(process, 2)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(orphans, timeout=20)
+    assert not alive
+    before = stamps(where)
+    assert len(before) == 1
+
+    process = start(where)
+    ranks(process, 2)[1].kill()
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert out.startswith("2 of 2 points are done, 1 of them failed")
+    assert {name: stamps(where)[name] for name in before} == before
+    assert measured(where)[1].failed == "rank 1 was killed: out of memory?"
+
+    done = script("study", "run", where, "--again", "--launcher", "deepspeed")
+    assert done.stdout.startswith("2 of 2 points are done, 0 of them failed"), done.stderr
+    assert {name: stamps(where)[name] for name in before} == before
+    assert measured(where)[1].point.world_size == 2
+    # a failed result was one as well: MLflow keeps both
+    measurements, _ = read(f"sqlite:///{tmp_path}/mlflow.db", "gfrnn-study")
+    assert [bool(each.failed) for each in measurements] == [False, True, False]
+
+
+def test_failures_do_not_end_a_study(tmp_path: Path) -> None:
+    """A text that is too short for a point, as its process finds out; the next one is measured."""
+    (tmp_path / "text").write_bytes(b"All work and no play. " * 100)
+    text = ["--corpus-file", str(tmp_path / "text"), "--sweep-seconds", "0"]
+    flags = ["--presets", "demo", "--rows", "4", "--steps", "600", "10", *HOW, *text]
+    done = script("study", "run", tmp_path / "s", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 of 2 points are done, 1 of them failed")
+    short, good = measured(tmp_path / "s")
+    assert "too short for 4 rows x 600 steps" in short.failed
+    assert "\n" not in short.failed
+    assert not good.failed
+
+
+def test_a_point_that_takes_too_long(tmp_path: Path) -> None:
+    done = script("study", "run", tmp_path / "s", *GRID, *HOW, "--limit", "0.02")
+    assert done.returncode == 0, done.stderr
+    assert measured(tmp_path / "s")[0].failed == "took more than 0.02 minutes"
+
+
+def test_what_others_started_is_collected(tmp_path: Path) -> None:
+    """As slurm/measure.sbatch does: processes with variables of their own, then what came of them."""
+    where = tmp_path / "s"
+    script("study", "run", where, *GRID, *HOW, "--world-sizes", "1", "2", "--slurm", "--dry-run")
+    alone = script("study", "measure", where, "1")
+    assert alone.returncode == 0, alone.stderr
+    wrong = script("study", "measure", where, "2")  # one process, where the point is for two
+    assert wrong.returncode == 2
+    (tmp_path / "said").write_text(wrong.stderr)
+    for number, status in (("1", "0"), ("2", "2")):
+        flags = ["--status", status, "--said", str(tmp_path / "said"), "--experiment", "theirs"]
+        done = script("study", "collect", where, number, *flags)
+        assert done.returncode == 0, done.stderr
+    good, bad = measured(where)
+    assert not good.failed
+    assert bad.failed == f"{bad.point.name} is for 2 processes, these are 1"
+    assert read(f"sqlite:///{tmp_path}/mlflow.db", "theirs")[0] == [good, bad]
+
+
+# ------------------------------------------------------------------------------------------- what is computed of it
+
+
+def test_why_a_group_failed() -> None:
+    lost, own = "failed: another process is gone", "error: out of memory (x); take a smaller model"
+    assert reason([3, -9], [lost, ""]) == "rank 1 was killed: out of memory?"
+    assert reason([2, 3], [own, f"rank 1: {lost}"]) == "out of memory (x); take a smaller model"
+    assert reason([3, 2], [lost, f"rank 1: {own}"]) == "out of memory (x); take a smaller model"
+    assert reason([1], ["Traceback\n  line\nKeyError: 'x'\n"]) == "KeyError: 'x'"
+    assert reason([3, None], [lost, ""]) == lost
+    assert reason([None, 7], ["", ""]) == "rank 1 ended with status 7"
+    assert reason([-signal.SIGSEGV], ["noise"]) == "rank 0 was ended by SIGSEGV"
+
+
+def test_the_slowest_process_is_the_steps_time() -> None:
+    def own(*seconds: float, waited: float) -> Own:
+        parts = dict.fromkeys(PARTS, 0.0) | {"communication": waited, "backward": sum(seconds) - waited}
+        return Own(list(seconds), parts, peak_flops=[1.0, 3.0, 2.0], memory=int(waited), joules=waited)
+
+    found = combined([own(1, 2, 3, waited=1), own(3, 1, 2, waited=3)])  # slowest: 3, 2, 3
+    assert (found["step_seconds_low"], found["step_seconds"], found["step_seconds_high"]) == (2.5, 3, 3)
+    assert found["parts"]["communication"] == pytest.approx(4 / 6)
+    assert sum(found["parts"].values()) == pytest.approx(2)
+    assert found["busy_seconds"] == pytest.approx((5 / 3, 1))
+    assert (found["peak_flops"], found["memory_bytes"]) == (4, 3)
+    assert found["joules"] == pytest.approx(4 / 3)
+    one = combined([own(1, waited=0)])
+    assert one["step_seconds_low"] == one["step_seconds_high"] == 1
+
+
+class Range(NamedTuple):
+    start: float
+    end: float
+
+
+class Kind(NamedTuple):
+    name: str
+
+
+class Event(NamedTuple):
+    """As torch's profiler has them."""
+
+    name: str
+    device_type: Kind
+    time_range: Range
+
+
+def test_collectives_that_nothing_hides() -> None:
+    def event(name: str, device: str, begin: float, end: float) -> Event:
+        return Event(name, Kind(device), Range(1e6 * begin, 1e6 * end))
+
+    assert united([(3, 4), (0, 2), (1, 2.5)]) == [(0, 2.5), (3, 4)]
+    assert without([(0, 10)], [(-1, 1), (2, 3), (9, 12)]) == [(1, 2), (3, 9)]
+    assert shared([(0, 2), (5, 6)], [(1, 5.5)]) == 1.5
+    trace = [
+        event("forward", "CPU", 0, 4),
+        event("backward", "CPU", 4, 10),
+        event("forward", "CUDA", 0, 4),  # a phase's mark on the device is no work
+        event("gemm", "CUDA", 0, 3),
+        event("ncclDevKernel_AllGather", "CUDA", 2, 4),  # 1 s alone
+        event("gemm", "CUDA", 4, 8),
+        event("ncclDevKernel_AllReduce", "CUDA", 5, 7),  # hidden
+        event("ncclDevKernel_AllReduce", "CUDA", 7.5, 11),  # 2 s alone in backward, 1 s after it
+        event("aten::mm", "CPU", 0, 11),
+    ]
+    found = exposed(trace, ("forward", "backward", "optimizer"))
+    assert found == pytest.approx({"forward": 1, "backward": 2, "optimizer": 0, "other": 1})
+    own = Own([1.0, 1.0], dict.fromkeys(PARTS, 0.0) | {"backward": 1.0, "forward": 0.6, "other": 0.4})
+    own.uncover({"backward": 0.25, "forward": 0.5, "other": 0.0})
+    assert own.parts == pytest.approx(
+        {"forward": 0, "backward": 0.5, "communication": 1.1, "optimizer": 0, "other": 0.4}
+    )
+
+
+def test_json_is_for_other_programs_too(study: Path) -> None:
+    path = next(study.glob("points/*z2-1x2*/measurement.json"))
+    values = json.loads(path.read_text())
+    assert values["measurement"]["point"]["world_size"] == 2
+    assert os.path.basename(path.parent) == "demo-z2-1x2-rows8-steps10-fp32"
