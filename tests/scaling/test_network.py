@@ -192,7 +192,7 @@ def test_a_crowded_layout_has_constants_of_its_own() -> None:
 
 
 def test_layouts_that_are_described_have_none() -> None:
-    times = sweep(HOSTS, 0.05)
+    times = sweep(HOSTS, 0.2)
     assert fit_layouts(times, fit(times)) == {}
 
 

