@@ -160,6 +160,59 @@ class CollectCommand:
         collect(StudyFolder(self.study).read(), self.number, self.status, said, store)
 
 
+@dataclass(frozen=True)
+class ReportCommand:
+    """Make the report of an experiment from MLflow alone: a page, pictures, tables and conclusions."""
+
+    output: Path = Path("report")
+    """Folder for index.html, and a PNG and CSV of each section."""
+    tracking_uris: tuple[str, ...] = ()
+    """MLflow stores, of several machines maybe. Default: MLFLOW_TRACKING_URI."""
+    experiment: str = "gfrnn-study"
+    """MLflow's."""
+    preset: str = ""
+    """Of the measurements to report, where there are several."""
+    clusters: tuple[str, ...] = ()
+    """Clusters to predict: presets (dgx-h100, say) or YAML files."""
+    target_bpc: float = 0.0
+    """Also the time and cost to this validation BPC, from a training in the same stores that has reached it."""
+    training_experiment: str = "gfrnn"
+    """Where that training is."""
+    critical_batch: float = 0.0
+    """Critical batch size in characters. Default: that training's gradient noise scale (--noise-scale)."""
+
+    def __call__(self) -> None:
+        from gfrnn.scaling import report
+        from gfrnn.scaling.clusters import load_cluster
+        from gfrnn.scaling.store import log_report, read
+        from gfrnn.scaling.trainings import find_target
+
+        clusters = [load_cluster(name) for name in self.clusters]
+        uris = list(self.tracking_uris) or [os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")]
+        measurements, sweep = [], []
+        for uri in uris:
+            found, timed = read(uri, self.experiment)
+            measurements += found
+            sweep += timed
+        if self.preset:
+            measurements = [each for each in measurements if each.point.preset == self.preset]
+            if not measurements:
+                raise UserError(f"--preset {self.preset}: no measurement in {self.experiment} is of it")
+        target = None
+        if self.target_bpc:
+            target = find_target(
+                uris, self.training_experiment, measurements[0].point.preset, self.target_bpc, self.critical_batch
+            )
+        made = report.make(measurements, sweep, clusters=clusters, target=target)
+        page = report.write(made, self.output)
+        for line in made.conclusions:
+            print(f"- {line}")
+        print(f"page: {page}")
+        failing = log_report(uris[0], self.experiment, self.output)
+        if failing:
+            cli.say(f"note: the report is not in MLflow: {failing}")
+
+
 def _end_with_stdin() -> None:
     """Who started this process holds the other end."""
     while sys.stdin.buffer.read(1):
@@ -170,6 +223,7 @@ def _end_with_stdin() -> None:
 Command = Union[  # noqa: UP007  # tyro reads it at run time; another subcommand is a line here
     Annotated[PlanCommand, tyro.conf.subcommand("plan")],
     Annotated[RunCommand, tyro.conf.subcommand("run")],
+    Annotated[ReportCommand, tyro.conf.subcommand("report")],
     Annotated[MeasureCommand, tyro.conf.subcommand("measure")],
     Annotated[CollectCommand, tyro.conf.subcommand("collect")],
 ]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _FORM, _ID, _PIECE, _PIECES = "gfrnn.study.form", "gfrnn.study.id", "gfrnn.study.result.", "gfrnn.study.pieces"
+_REPORT = "gfrnn.study.report"
 _TAG_LENGTH = 5000  # characters; some stores take 8000, others fewer
 _PAGE = 1000  # runs
 
@@ -79,6 +80,20 @@ def read(uri: str, experiment: str) -> tuple[list[Measurement], list[tuple[Machi
     Runs that are not of a study, or of a form that this version does not know, are left out, and said to be. Raises
     UserError if the experiment is not there, or has no measurement.
     """
+    where = without_password(uri)
+    runs = [run for run in runs_of(uri, experiment)[1] if _REPORT not in run.data.tags]
+    results = [result for run in runs if (result := _result(run.data.tags)) is not None]
+    if not results:
+        raise UserError(f"no run of experiment {experiment} at {where} is a measurement of a study")
+    if len(results) < len(runs):
+        others = len(runs) - len(results)
+        say(f"note: {others} of {len(runs)} runs of {experiment} are not measurements of this version: left out")
+    sweeps = [(result.measurement.machine, timed) for result in results for timed in result.sweep]
+    return [result.measurement for result in results], sweeps
+
+
+def runs_of(uri: str, experiment: str) -> tuple[MlflowClient, list[Any]]:
+    """A store's client, and all runs of an experiment there, the oldest first. Raises UserError if it is not there."""
     from gfrnn.training.tracking import quieten, reason
 
     quieten()
@@ -94,15 +109,23 @@ def read(uri: str, experiment: str) -> tuple[list[Measurement], list[tuple[Machi
     except Exception as error:  # every kind of store raises errors of its own
         raise UserError(f"MLflow at {where} cannot be read: {reason(error)}") from error
     if found is None:
-        raise UserError(f"MLflow at {where} has no experiment {experiment}; study.py run makes one")
-    results = [result for run in runs if (result := _result(run.data.tags)) is not None]
-    if not results:
-        raise UserError(f"no run of experiment {experiment} at {where} is a measurement of a study")
-    if len(results) < len(runs):
-        others = len(runs) - len(results)
-        say(f"note: {others} of {len(runs)} runs of {experiment} are not measurements of this version: left out")
-    sweeps = [(result.measurement.machine, timed) for result in results for timed in result.sweep]
-    return [result.measurement for result in results], sweeps
+        raise UserError(f"MLflow at {where} has no experiment {experiment}")
+    return client, runs
+
+
+def log_report(uri: str, experiment: str, folder: Path) -> str:
+    """Keeps a report's files in a run of its own; returns "" or what failed, in words."""
+    from gfrnn.training.tracking import quieten, reason
+
+    quieten()
+    try:
+        client, experiment_id = connect(uri, folder, experiment)
+        run_id = client.create_run(experiment_id, tags={_REPORT: "yes"}, run_name="report").info.run_id
+        client.log_artifacts(run_id, str(folder))
+        client.set_terminated(run_id, "FINISHED")
+    except Exception as error:  # every kind of store raises errors of its own
+        return reason(error)
+    return ""
 
 
 def _result(tags: dict[str, str]) -> Result | None:
