@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gfrnn.scaling.curves import curves
@@ -10,8 +12,8 @@ from gfrnn.scaling.records import Machine, Measurement, Point
 MACHINE = Machine("cpu", 1)
 
 
-def measured(world_size: int, rows: int, seconds: float, **other: str) -> Measurement:
-    point = Point(world_size=world_size, rows=rows, steps=10, **other)  # type: ignore[arg-type]
+def measured(world_size: int, rows: int, seconds: float, **other: Any) -> Measurement:
+    point = Point(world_size=world_size, rows=rows, steps=10, **other)
     return Measurement(point, MACHINE, step_seconds=seconds, characters=rows * 10)
 
 
@@ -32,6 +34,14 @@ def test_strong_and_weak() -> None:
     (weak,) = curves(found, "weak")
     assert weak.name.startswith("8 rows a process")
     assert [point.efficiency for point in weak.points] == pytest.approx([1, 0.8])
+
+
+def test_one_node_and_several_are_told_apart() -> None:
+    found = [measured(1, 8, 1.0), measured(2, 8, 0.6), measured(2, 8, 1.25, nodes=2)]
+    one, several = curves(found, "strong")
+    assert [point.efficiency for point in one.points] == pytest.approx([1, 1 / 1.2])
+    assert [point.efficiency for point in several.points] == pytest.approx([1, 0.4])
+    assert several.name.startswith("across nodes, 8 rows")
 
 
 def test_machines_are_kept_apart() -> None:

@@ -40,11 +40,19 @@ class Curve(NamedTuple):
 
 
 def curves(measurements: Sequence[Measurement], scaling: Scaling) -> list[Curve]:
-    """Of two points and more; those that failed are left out."""
+    """Of two points and more; those that failed are left out.
+
+    Processes of one node and processes of several make curves of their own, both from one process on.
+    """
     groups: dict[str, list[Measurement]] = defaultdict(list)
-    for measurement in measurements:
-        if not measurement.failed:
-            groups[f"{_ROWS[scaling](measurement.point)}, {setting(measurement)}"].append(measurement)
+    ran = [measurement for measurement in measurements if not measurement.failed]
+    several = any(measurement.point.nodes > 1 for measurement in ran)
+    for measurement in ran:
+        name, point = f"{_ROWS[scaling](measurement.point)}, {setting(measurement)}", measurement.point
+        if point.nodes == 1:
+            groups[name].append(measurement)
+        if several and (point.nodes > 1 or point.world_size == 1):
+            groups[f"across nodes, {name}"].append(measurement)
     found = []
     for name, group in groups.items():
         group.sort(key=lambda measurement: (measurement.point.world_size, measurement.point.nodes))

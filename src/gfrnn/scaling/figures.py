@@ -116,7 +116,7 @@ def memory(measurements: Sequence[Measurement], names: Sequence[str]) -> Figure:
 def communication(measurements: Sequence[Measurement], names: Sequence[str]) -> Figure:
     """Share of an update that is waited for communication."""
     figure, (axes,) = _figure(1, 0.8 + 0.26 * len(measurements))
-    shares = [each.parts["communication"] / sum(each.parts.values()) for each in measurements]
+    shares = [each.communication_share for each in measurements]
     bars = axes.barh(range(len(shares)), shares, color=_COLOURS["communication"], height=0.75)
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize="x-small", padding=2)
     _bars(axes, names, "of an update")

@@ -109,6 +109,11 @@ class Measurement:
         """Share of the products' peak."""
         return self.flops / self.step_seconds / self.peak_flops
 
+    @property
+    def communication_share(self) -> float:
+        """Of an update's time."""
+        return self.parts["communication"] / sum(self.parts.values())
+
 
 @dataclass(frozen=True)
 class Timed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -63,7 +64,7 @@ class Section:
 
     @property
     def slug(self) -> str:
-        return "-".join(self.title.lower().replace(",", "").split())
+        return re.sub("[^a-z0-9.]+", "-", self.title.lower().replace("'s", "")).strip("-")
 
 
 @dataclass
@@ -220,12 +221,11 @@ def _parts(report: Report, ran: Sequence[Measurement]) -> None:
     report.sections.append(section)
     several = [each for each in ran if each.point.world_size > 1]
     if several:
-        shares = {each: each.parts["communication"] / sum(each.parts.values()) for each in several}
-        least, most = (choose(several, key=lambda each: shares[each]) for choose in (min, max))
+        least, most = (choose(several, key=lambda each: each.communication_share) for choose in (min, max))
         report.sections.append(Section("Communication's share", figure=figures.communication(several, _names(several))))
         report.conclusions.append(
-            f"Communication takes {shares[least]:.0%} of an update at least ({_said(least)}) and {shares[most]:.0%} "
-            f"at most ({_said(most)})."
+            f"Communication takes {least.communication_share:.0%} of an update at least ({_said(least)}) and "
+            f"{most.communication_share:.0%} at most ({_said(most)})."
         )
     alone = max((each for each in ran if each.peak_flops), key=lambda each: each.mfu, default=None)
     if alone is not None:

@@ -1,0 +1,143 @@
+"""The report of made-up machines: everything in it is computed from what was measured."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from synthetic import MACHINE, POINTS, ds_config_of, measured, sweep, truth
+
+from gfrnn.config import UserError
+from gfrnn.scaling import report
+from gfrnn.scaling.clusters import load_cluster
+from gfrnn.scaling.prediction import fit
+from gfrnn.scaling.records import Machine, Measurement, Timed
+from gfrnn.scaling.target import Reference
+
+TARGET = report.Target(1.9, Reference(10_000, 2000), critical=200_000)
+
+
+def study(machine: Machine = MACHINE) -> tuple[list[Measurement], list[tuple[Machine, Timed]]]:
+    found = [measured(truth(straggling=0.01), point, noise=0.02) for point in POINTS]
+    theory = [
+        dataclasses.replace(
+            each,
+            machine=machine,
+            step_seconds_low=0.98 * each.step_seconds,
+            step_seconds_high=1.03 * each.step_seconds,
+            predicted_bytes=dict(each.bytes),
+            memory_bytes=10**9,
+            predicted_memory_bytes=11 * 10**8,
+            parameters=1_234_567,
+            flops=10**9,
+        )
+        for each in found
+    ]
+    return theory, [(machine, timed) for timed in sweep(noise=0.02)]
+
+
+@pytest.fixture(scope="module")
+def made() -> report.Report:
+    return report.make(*study(), clusters=[load_cluster("dgx-h100")], target=TARGET)
+
+
+def section(made: report.Report, title: str) -> report.Section:
+    (found,) = (each for each in made.sections if each.title == title)
+    return found
+
+
+def test_scaling_is_against_one_process(made: report.Report) -> None:
+    measurements, _ = study()
+    strong, weak = section(made, "Strong scaling"), section(made, "Weak scaling")
+    by_point = {each.point: each for each in measurements}
+    one = by_point[POINTS[0]].characters_per_second
+    rows = [row for row in weak.rows if row[0].startswith("8 rows a process") and " z0 " in row[0]]
+    expected = [
+        by_point[point].characters_per_second / one / point.world_size
+        for point in POINTS
+        if point.ds_config == "z0" and point.rows == 8 * point.world_size
+    ]
+    assert [row[3] for row in rows] == [f"{share:.0%}" for share in expected]
+    assert strong.rows
+    assert "5.0%" in weak.rows[0][-1]
+
+
+def test_the_page_needs_no_other_file(made: report.Report, tmp_path: Path) -> None:
+    page = report.write(made, tmp_path)
+    text = page.read_text()
+    assert made.title in text
+    for line in made.conclusions:
+        assert line.replace("&", "&amp;").replace("'", "&#39;") in text
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sources
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    for each in made.sections:
+        if each.figure is not None:
+            assert (tmp_path / f"{each.slug}.png").stat().st_size > 5000
+        if each.rows:
+            with (tmp_path / f"{each.slug}.csv").open() as f:
+                assert list(csv.reader(f)) == [each.header, *each.rows]
+
+
+def test_every_residual_is_shown(made: report.Report) -> None:
+    found = section(made, "The model and its residuals")
+    assert len(found.rows) == len(POINTS)
+    measurements, timed = study()
+    model = fit(measurements, [each for _, each in timed], ds_config_of)
+    assert model.network is not None
+    for name in ("each ZeRO config", "each number of rows", "each number of processes"):
+        assert any(line.startswith(f"Held out, {name} in turn (synthetic): median error ") for line in found.text)
+
+
+def test_it_says_from_where_on_more_are_not_worth_it(made: report.Report) -> None:
+    beyond = [line for line in made.conclusions if "strong scaling" in line and "beyond" in line]
+    assert beyond
+    for line in beyond:
+        number = re.search(r"beyond (\d+) processes", line)
+        share = re.search(r"\((\d+)% at (\d+)\)", line)
+        assert number is not None
+        assert share is not None
+        assert int(share[1]) < 50
+        assert int(share[2]) > int(number[1])
+    assert any("GPUs are worth using to reach 1.9 BPC" in line for line in made.conclusions)
+    assert any(each.title == "Time and cost to 1.9 BPC, DGX H100, NDR InfiniBand" for each in made.sections)
+
+
+def test_two_machines_are_told_apart() -> None:
+    one, sweep_one = study()
+    other, sweep_other = study(dataclasses.replace(MACHINE, network="1gbit"))
+    made = report.make([*one, *other], [*sweep_one, *sweep_other])
+    names = [row[0] for row in section(made, "The model and its residuals").rows]
+    assert sum("synthetic" in name for name in names) == sum("1gbit" in name for name in names) == len(POINTS)
+    assert "8 points on synthetic" in made.about or f"{len(POINTS)} points on synthetic" in made.about
+
+
+def test_a_point_that_failed_is_shown_with_its_reason() -> None:
+    measurements, timed = study()
+    failed = dataclasses.replace(measurements[-1], failed="out of memory: 3 of 2 GB")
+    made = report.make([*measurements[:-1], failed], timed)
+    assert section(made, "Points without figures").rows[0][-1] == "out of memory: 3 of 2 GB"
+
+
+def test_what_cannot_be_reported_is_a_line() -> None:
+    measurements, timed = study()
+    other = dataclasses.replace(measurements[0], point=dataclasses.replace(POINTS[0], preset="demo"))
+    with pytest.raises(UserError, match="measurements of demo and gf-lstm-3x140; choose one with --preset"):
+        report.make([*measurements, other], timed)
+    failed = [dataclasses.replace(each, failed="no memory") for each in measurements]
+    with pytest.raises(UserError, match=r"every point of the study failed \(no memory\)"):
+        report.make(failed, timed)
+
+
+def test_one_process_alone_is_reported() -> None:
+    """What takes more is said to be missing."""
+    measurements, _ = study()
+    alone = [each for each in measurements if each.point.world_size == 1]
+    made = report.make(alone, [])
+    assert section(made, "Strong scaling").text == [
+        "Not measured: it takes points that differ in the number of processes alone."
+    ]
+    assert section(made, "The model and its residuals").rows
