@@ -58,10 +58,11 @@ def test_scaling_is_against_one_process(made: report.Report) -> None:
     expected = [
         by_point[point].characters_per_second / one / point.world_size
         for point in POINTS
-        if point.ds_config == "z0" and point.rows == 8 * point.world_size
+        if point.ds_config == "z0" and point.rows == 8 * point.world_size and point.nodes == 1
     ]
     assert [row[3] for row in rows] == [f"{share:.0%}" for share in expected]
     assert strong.rows
+    assert [row[1] for row in weak.rows if row[0].startswith("across nodes, 8 rows") and " z0 " in row[0]] == ["1", "4"]
     assert "5.0%" in weak.rows[0][-1]
 
 
