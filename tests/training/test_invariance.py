@@ -70,6 +70,24 @@ def test_same_losses(runs, processes, stage, accumulation):
     assert largest_difference(validations(other), validations(reference)) <= 1e-5
 
 
+def noise_scales(run: Path) -> dict[int, float]:
+    return {line["step"]: line["noise_scale"] for line in metrics(run) if "noise_scale" in line}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 1)])
+def test_same_noise_scale(runs, processes, accumulation, stage):
+    """Whether rows 0-2 and 3-4 are micro-batches or processes; here a difference of sums of some 30 times its size."""
+    reference, other = (
+        noise_scales(runs / name_of(0, 1, 2)),
+        noise_scales(runs / name_of(stage, processes, accumulation)),
+    )
+    assert len(reference) > 50
+    assert set(other) == set(reference)
+    assert largest_difference(other, reference) <= 1e-4
+    assert not noise_scales(runs / name_of(0, 1, 1))  # a single part
+
+
 @pytest.mark.parametrize(("saved", "resumed"), RESUMES)
 def test_same_losses_after_resume(runs, saved, resumed):
     whole, rest = runs / name_of(*saved), runs / f"{name_of(*resumed)}-resumed"
@@ -77,6 +95,7 @@ def test_same_losses_after_resume(runs, saved, resumed):
     if saved == resumed:
         assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 25}
         assert validations(rest) == {step: bpc for step, bpc in validations(whole).items() if step > 25}
+        assert noise_scales(rest) == {step: scale for step, scale in noise_scales(whole).items() if step > 25}
     assert largest_difference(losses(rest), losses(whole)) <= 1e-5
     assert largest_difference(validations(rest), validations(whole)) <= 1e-5
 

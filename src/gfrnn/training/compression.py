@@ -161,13 +161,15 @@ class TopK(Exchange):
         gradients = list(self.gradients().values())
         self.error_P += torch.cat([gradient.reshape(-1) for gradient in gradients])
         index_k = self.error_P.abs().topk(self.k, sorted=False).indices
-        own = torch.stack([self.error_P[index_k].view(torch.int32), index_k.to(torch.int32)])  # one message
+        own_2k = torch.cat([self.error_P[index_k].view(torch.int32), index_k.to(torch.int32)])  # one message
         self.error_P[index_k] = 0
         world_size = dist.get_world_size()
-        all_W2k = own.new_empty(world_size, *own.shape)
-        dist.all_gather_into_tensor(all_W2k, own)
+        all_W2k = own_2k.new_empty(world_size, 2 * self.k)
+        dist.all_gather(list(all_W2k.unbind()), own_2k)
         mean_P = torch.zeros_like(self.error_P)
-        for value_k, other_k in all_W2k:  # one process after another: the same sums everywhere
+        for value_k, other_k in all_W2k.view(
+            world_size, 2, self.k
+        ):  # one process after another: the same sums everywhere
             mean_P.index_add_(0, other_k, value_k.view(torch.float32))
         mean_P /= world_size
         for gradient, part in zip(gradients, mean_P.split(self.sizes), strict=True):

@@ -329,9 +329,7 @@ class _Resolver:
         kind = self.settings.communication.compression
         if kind != "none":
             if stage:
-                self.refuse(
-                    f"--compression {kind} is for stage 0, with whole gradients everywhere; this is stage {stage}"
-                )
+                self.refuse(f"--compression {kind} is for stage 0, where gradients are whole; this is stage {stage}")
             if self.world_size == 1:
                 raise UserError(f"--compression {kind} is for several processes, and this is one; leave it out")
             neutral = {"communication_data_type": "fp32", "prescale_gradients": False, "gradient_predivide_factor": 1.0}
@@ -340,9 +338,7 @@ class _Resolver:
                     self.refuse(f"{key} is for DeepSpeed's all-reduce, which --compression {kind} replaces; remove it")
         parts = min(self.settings.batch.rows, self.world_size * self.settings.batch.accumulation)
         if self.settings.run.noise_scale and parts < 2:
-            raise UserError(
-                "--noise-scale compares parts of a batch: on one process add --accumulation 2, with --rows 2"
-            )
+            raise UserError("--noise-scale compares parts of a batch; on one process add --accumulation 2 and --rows 2")
 
     def section(self, name: str, config: dict[str, Any], ours: dict[str, Any], flags: str) -> None:
         """Refuse an optimizer or scheduler section unless it repeats `ours`; it does not reach DeepSpeed either way."""
