@@ -84,7 +84,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", [*COMPRESSED, "local"])
 def test_it_learns_nearly_as_well(runs, kind):
-    """The last ten updates' loss within 5 % of whole gradients', after a fall of a third."""
+    """The last ten updates' loss within 1 % of whole gradients' (0.4 % at hand), after a fall of a third."""
 
     def last(of: dict[int, float]) -> float:
         return sum(of[step] for step in range(51, 61)) / 10
@@ -92,11 +92,11 @@ def test_it_learns_nearly_as_well(runs, kind):
     whole, other = losses(runs / "none"), losses(runs / kind)
     assert last(other) < 0.67 * other[1]
     assert other[30] != whole[30]
-    assert last(other) == pytest.approx(last(whole), rel=0.05)
-    assert validations(runs / kind)[60] == pytest.approx(validations(runs / "none")[60], rel=0.05)
+    assert last(other) == pytest.approx(last(whole), rel=0.01)
+    assert validations(runs / kind)[60] == pytest.approx(validations(runs / "none")[60], rel=0.01)
 
 
-@pytest.mark.parametrize(("kind", "close"), [("none", 0.0), ("local", 0.0), ("powersgd", 1e-4), ("topk", 0.03)])
+@pytest.mark.parametrize(("kind", "close"), [("none", 0.0), ("local", 0.0), ("powersgd", 1e-5), ("topk", 0.005)])
 def test_it_resumes(runs, kind, close):
     whole, rest = losses(runs / kind), losses(runs / f"{kind}-resumed")
     assert sorted(rest) == list(range(26, 61))

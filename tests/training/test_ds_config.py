@@ -289,30 +289,22 @@ def test_compression_is_for_stage_0_and_several_processes(kind: Any) -> None:
     assert resolve(zero(0) | {"communication_data_type": "fp32"}, settings=settings)
     for stage in (1, 2, 3):
         assert f"--compression {kind} is for stage 0" in refused(zero(stage), settings=settings)
-    wire = refused({"communication_data_type": "bf16"}, settings=settings)
-    assert (
-        wire
-        == f"my.json: communication_data_type is for DeepSpeed's all-reduce, which --compression {kind} replaces; remove it"
-    )
+    for key, value in {"communication_data_type": "bf16", "gradient_predivide_factor": 2.0}.items():
+        said = f"{key} is for DeepSpeed's all-reduce, which --compression {kind} replaces; remove it"
+        assert refused({key: value}, settings=settings) == f"my.json: {said}"
     with pytest.raises(UserError, match=f"--compression {kind} is for several processes, and this is one"):
         resolve(zero(0), 1, settings)
 
 
 def test_a_noise_scale_needs_two_parts_of_a_batch() -> None:
     measured = replace(SETTINGS, run=RunSettings(max_updates=100, noise_scale=0.9))
-    for accumulation, rows, world_size, fine in (
-        (1, 10, 1, False),
-        (2, 10, 1, True),
-        (1, 10, 2, True),
-        (2, 1, 1, False),
-    ):
-        batch = BatchSettings(rows=rows, accumulation=accumulation)
-        settings = replace(measured, batch=batch)
-        if fine:
-            assert resolve({}, world_size, settings)
-        else:
-            with pytest.raises(UserError, match="add --accumulation 2 and --rows 2"):
-                resolve({}, world_size, settings)
+    for accumulation, world_size in ((2, 1), (1, 2)):
+        settings = replace(measured, batch=BatchSettings(rows=10, accumulation=accumulation))
+        assert resolve({}, world_size, settings)
+    for accumulation, rows in ((1, 10), (2, 1)):
+        settings = replace(measured, batch=BatchSettings(rows=rows, accumulation=accumulation))
+        with pytest.raises(UserError, match="add --accumulation 2 and --rows 2"):
+            resolve({}, 1, settings)
 
 
 def test_what_is_switched_off_is_dropped() -> None:
