@@ -98,9 +98,19 @@ def test_it_learns_nearly_as_well(runs, kind):
 
 @pytest.mark.parametrize(("kind", "close"), [("none", 0.0), ("local", 0.0), ("powersgd", 1e-5), ("topk", 0.005)])
 def test_it_resumes(runs, kind, close):
-    whole, rest = losses(runs / kind), losses(runs / f"{kind}-resumed")
+    whole, rest = losses(runs / kind), losses(runs / f"{kind}-from-{kind}")
     assert sorted(rest) == list(range(26, 61))
     assert rest == pytest.approx({step: loss for step, loss in whole.items() if step > 25}, rel=close, abs=0)
+
+
+@pytest.mark.parametrize(("kind", "source"), [("local", "none"), ("powersgd", "topk"), ("none", "powersgd")])
+def test_another_kind_may_go_on(runs, kind, source):
+    """Local updates after whole gradients are Lin et al.'s post-local SGD."""
+    rest = losses(runs / f"{kind}-from-{source}")
+    assert sorted(rest) == list(range(26, 61))
+    assert rest[26] == pytest.approx(losses(runs / source)[26], rel=1e-6)  # the same weights
+    assert rest[60] != losses(runs / source)[60]
+    assert rest[60] == pytest.approx(losses(runs / source)[60], rel=0.01)
 
 
 def test_norms_are_of_what_is_applied(runs):

@@ -126,7 +126,7 @@ def on_first_process(what: str, device: torch.device) -> Iterator[bool]:
 def restore(
     saved: Checkpoint, settings: Settings, shards: Shards, average: Average | None, exchange: Exchange
 ) -> Position:
-    """Loads weights, averages and, if they are of the settings' kind, the optimizer's and the exchange's state.
+    """Loads weights, averages, what was left to be sent and, if it is of the settings' kind, the optimizer's state.
 
     No communication.
 
@@ -139,8 +139,7 @@ def restore(
         shards.load_optimizer_state(moments, position.optimizer_step)
     if average is not None and saved.averages is not None:
         average.load(_engine_names(saved.averages), position.average_count)
-    if saved.trainer["settings"].get("communication") == settings.to_json()["communication"]:
-        exchange.load(_unflat(saved.state))
+    exchange.load(_unflat(saved.state))
     return position
 
 

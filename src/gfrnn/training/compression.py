@@ -63,7 +63,7 @@ class Exchange:
         return {}
 
     def load(self, saved: TensorsByKey) -> None:
-        """The inverse, of what this kind kept; anything else is left out, and begins anew."""
+        """The inverse, of another kind's too, as far as this one keeps the like; the rest begins anew."""
 
     def gradients(self) -> dict[str, Tensor]:
         """By name; zeros where there is none."""
