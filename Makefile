@@ -31,7 +31,7 @@ SIDE_BY_SIDE := tests/training/test_invariance.py tests/training/test_train_sett
   tests/nn tests/export tests/training/test_learning.py tests/training/test_memory.py \
   tests/benchmarks/test_programs_compare.py tests/data/test_streams.py $(wildcard tests/data/test_program*.py) \
   $(wildcard tests/training/test_program_*.py) tests/training/test_evaluation.py tests/training/test_sample.py \
-  tests/training/test_preflight.py tests/scaling
+  tests/training/test_preflight.py tests/training/test_compression.py tests/training/test_noise_scale.py tests/scaling
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(SIDE_BY_SIDE)

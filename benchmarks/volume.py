@@ -30,6 +30,7 @@ from gfrnn.scaling.volume import predicted, sent
 
 ROOT = Path(__file__).parents[1]
 SLICES = {"use_multi_rank_bucket_allreduce": False}
+SENDING = "communication"  # in a config here: CommunicationSettings, which go with stage 0
 CONFIGS: dict[str, dict[str, Any]] = {
     "stage 0": {"zero_optimization": {"stage": 0}},
     "stage 1": {"zero_optimization": {"stage": 1}},
@@ -47,8 +48,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "communication_data_type": "bf16",
     },
     "stage 3, bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+    "stage 0, --compression powersgd, rank 4": {SENDING: {"compression": "powersgd"}},
+    "stage 0, --compression topk, share 0.01": {SENDING: {"compression": "topk"}},
+    "stage 0, --compression local, every 3 updates": {SENDING: {"compression": "local", "local_updates": 3}},
 }
-WARM, COUNTED = 2, 3  # updates
+WARM, COUNTED = 2, 3  # updates; local ones are averaged once in as many
 
 
 def work(args: argparse.Namespace) -> None:
@@ -60,7 +64,7 @@ def work(args: argparse.Namespace) -> None:
 
     import torch.distributed as dist
 
-    from gfrnn.config import preset
+    from gfrnn.config import CommunicationSettings, preset
     from gfrnn.data import load_corpus
     from gfrnn.runs import RunFolder
     from gfrnn.training.ds_config import resolve_ds_config
@@ -71,8 +75,10 @@ def work(args: argparse.Namespace) -> None:
     device = init_distributed(timedelta(minutes=5))
     demo, found = preset("demo"), []
     for number, config in enumerate(json.loads(args.work)):
+        sending = CommunicationSettings(**config.pop(SENDING, {}))
         settings = dataclasses.replace(
             demo,
+            communication=sending,
             output_dir=args.folder / str(number),
             model=dataclasses.replace(demo.model, hidden_size=args.hidden_size),
             batch=dataclasses.replace(
@@ -92,13 +98,14 @@ def work(args: argparse.Namespace) -> None:
         each = {
             kind: Traffic(traffic.calls // COUNTED, traffic.bytes // COUNTED) for kind, traffic in watch.traffic.items()
         }
-        elements = [shape.numel() for shape in trainer.shards.shapes.values()]
+        shapes = list(trainer.shards.shapes.values())
+        elements = [shape.numel() for shape in shapes]
         found.append(
             {
                 "parameters": sum(elements),
                 "counted": {kind: traffic.bytes for kind, traffic in each.items()},
                 "calls": {kind: traffic.calls for kind, traffic in each.items()},
-                "predicted": predicted(theory, elements),
+                "predicted": predicted(theory, elements, settings, shapes=shapes, world_size=dist.get_world_size()),
             }
         )
     if dist.get_rank() == 0:

@@ -23,7 +23,7 @@ from gfrnn.config import (
     without_effect,
 )
 
-GROUPS = ("model", "data", "batch", "optimization", "run")
+GROUPS = ("model", "data", "batch", "optimization", "communication", "run")
 
 
 def changed(**values: Any) -> Settings:
@@ -55,6 +55,9 @@ POSITIVE = [
     "accumulation",
     "learning_rate",
     "eps",
+    "compression_rank",
+    "compression_share",
+    "local_updates",
     "keep_last",
     "log_every",
     "eval_streams",
@@ -91,6 +94,7 @@ FRACTIONS = [
     "rms_decay",
     "momentum",
     "average_decay",
+    "noise_scale",
 ]
 
 
@@ -115,6 +119,8 @@ def test_out_of_range_is_refused_by_flag_and_value(name: str, value: float) -> N
         ({"hidden_bias": True}, "--hidden-bias"),
         ({"max_updates": 0, "max_epochs": 0}, "--max-updates and --max-epochs"),
         ({"final_learning_rate": 0.1}, "--final-learning-rate"),
+        ({"compression": "topk", "compression_share": 1.1}, "--compression-share is 1.1"),
+        ({"compression": "powersgd", "noise_scale": 0.9}, "--compression powersgd"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], flag: str) -> None:
@@ -192,5 +198,7 @@ def test_options_without_effect_are_named() -> None:
     assert without_effect(mrnn) == ["--input-skips has no effect on --unit mrnn"]
     own = changed(feedback="none", unit_gates="own")
     assert without_effect(own) == ["--unit-gates own has no effect without feedback, or with --unit tanh"]
+    share = changed(compression="powersgd", compression_rank=2, compression_share=0.2)
+    assert without_effect(share) == ["--compression-share has no effect on --compression powersgd"]
     for name, settings in presets().items():
         assert without_effect(settings) == [], name

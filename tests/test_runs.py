@@ -412,6 +412,7 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path, settings: Settings, 
     [
         SETTINGS,
         replaced("batch", accumulation=4),
+        replaced("communication", compression="local", local_updates=4),
         replaced("run", max_updates=9, keep_last=7, mlflow=False),
         replaced("data", data_dir=Path("/elsewhere"), corpus_file=Path("moved.txt")),
         dataclasses.replace(SETTINGS, deepspeed=Path("z3.json"), dry_run=True, output_dir=Path("moved")),

@@ -47,6 +47,7 @@ _FREE = {
     "": {"output_dir", "start_from", "deepspeed", "dry_run", "prepare", "preset"},
     "data": {"data_dir", "corpus_file"},
     "batch": {"accumulation", "recompute"},
+    "communication": None,
     "run": None,  # all of it
 }
 

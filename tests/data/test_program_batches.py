@@ -81,6 +81,8 @@ def test_the_same_rows_for_any_number_of_processes(processes: int, accumulation:
             shape = part.batch(update, 0).sources_SB.shape
             assert shape[0] == batch.sources_SB.shape[0]  # of the longest of the global batch: all do the same steps
             assert part.target_characters(update) == whole.target_characters(update)
+            for micro in range(accumulation):
+                assert part.counted(update, micro) == part.batch(update, micro).target_lengths_B.sum()
 
 
 def test_a_batch_has_about_one_length() -> None:

@@ -31,6 +31,7 @@ def _read(text: np.ndarray, rows: int, steps: int, world_size: int, accumulation
                 rows_B, weights_B = streams.micro_rows(micro), streams.weights(micro)
                 assert rows_B.dtype == torch.int64
                 assert weights_B.tolist() == [float(row >= 0) for row in rows_B]
+                assert streams.counted(micro) == steps * weights_B.sum()
                 span = slice(segment * steps, (segment + 1) * steps)
                 for b, row in enumerate(rows_B.tolist()):
                     if row < 0:

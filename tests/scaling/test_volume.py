@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gfrnn.config import CommunicationSettings, OptimizerSettings, Settings
 from gfrnn.scaling.volume import predicted, sent
 from launch import ROOT, environment
 
@@ -35,6 +36,26 @@ def test_theory(zero: dict[str, Any], more: dict[str, Any], messages: dict[str, 
     assert predicted(config, PARAMETERS) == messages
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "sending", "messages"),
+    [
+        ("adam", {"compression": "powersgd", "compression_rank": 3}, {"all_reduce": 4 * (3 * (100 + 50) + 7 + 2 * 4)}),
+        ("adam", {"compression": "topk", "compression_share": 0.1}, {"all_gather": 2 * 8 * 502}),
+        ("adam", {"compression": "local", "local_updates": 6}, {"all_reduce": 4 * 3 * 5015 // 6}),
+        ("rmsprop", {"compression": "local", "local_updates": 4}, {"all_reduce": 4 * 4 * 5015 // 4}),
+    ],
+)
+def test_theory_of_compression(optimizer: Any, sending: dict[str, Any], messages: dict[str, int]) -> None:
+    """A matrix that is worth it, a vector, and a matrix that is sent as it is; 2 processes."""
+    config = {"zero_optimization": {"stage": 0}, "gradient_accumulation_steps": 3}
+    settings = Settings(
+        communication=CommunicationSettings(**sending), optimization=OptimizerSettings(optimizer=optimizer)
+    )
+    shapes = [(100, 50), (7,), (2, 4)]
+    assert predicted(config, [5000, 7, 8], settings, shapes=shapes, world_size=2) == messages
+    assert predicted(config, [5000, 7, 8], Settings()) == {"all_reduce": 4 * 5015}
+
+
 def test_what_a_process_sends() -> None:
     assert sent({"all_reduce": 100}, 4) == 150
     assert sent({"reduce_scatter": 100, "all_gather": 100}, 4) == 150
@@ -50,7 +71,7 @@ def test_theory_is_what_is_sent(processes: int, accumulation: int, tmp_path: Pat
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(where.read_text())["results"]
-    assert len(results) == 10
+    assert len(results) == 13
     for name, found in results.items():
         assert set(found["predicted"]) <= set(found["counted"]), name
         for kind, size in found["counted"].items():

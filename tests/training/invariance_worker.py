@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 import torch.distributed as dist
 
 from gfrnn.config import OptimizerSettings, ProgramSettings, Settings, Task, preset
@@ -72,8 +73,34 @@ def settings_for(output_dir: Path, task: Task, accumulation: int, dtype: Dtype) 
             keep_last=9,
             log_every=1,
             sample_length=10,
+            noise_scale=0.9 if dist.get_world_size() * accumulation > 1 else 0.0,
         ),
     )
+
+
+def train(settings: Settings, stage: str, device: torch.device, source: Path | None = None) -> None:
+    """The whole of it. source: another run's folder, to go on as if this one had been that one's first 25 updates."""
+    corpus = load_corpus(settings)
+    ds_config = resolve_ds_config(
+        load_ds_config(CONFIGS / f"z{stage}.json"), settings, world_size=dist.get_world_size()
+    )
+    run = RunFolder(settings.output_dir)
+    if dist.get_rank() == 0:
+        run.create(settings, ds_config, corpus.md5)
+        if source is not None:
+            saved = source / "checkpoints" / "step-00000025"
+            shutil.copytree(saved, run.checkpoints / saved.name)
+            (run.checkpoints / "latest").write_text(saved.name)
+    dist.barrier()
+    Trainer(settings, ds_config, run, corpus, device, Heartbeat()).fit()
+
+
+def end() -> None:
+    """Of this process, once all have come here."""
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # as our programs end (cli.run): gloo's threads now and then abort an interpreter's tear-down
 
 
 def main() -> None:
@@ -84,22 +111,8 @@ def main() -> None:
         stage, accumulation, *resume = job.split(":")
         output_dir = folder / f"z{stage}-w{dist.get_world_size()}-a{accumulation}{'-resumed' * bool(resume)}"
         settings = settings_for(output_dir, task, int(accumulation), dtype)
-        corpus = load_corpus(settings)
-        config = load_ds_config(CONFIGS / f"z{stage}.json")
-        ds_config = resolve_ds_config(config, settings, world_size=dist.get_world_size())
-        run = RunFolder(output_dir)
-        if dist.get_rank() == 0:
-            run.create(settings, ds_config, corpus.md5)
-            if resume:  # a checkpoint of another run, as if this one had been interrupted there
-                source = folder / resume[0] / "checkpoints" / "step-00000025"
-                shutil.copytree(source, run.checkpoints / source.name)
-                (run.checkpoints / "latest").write_text(source.name)
-        dist.barrier()
-        Trainer(settings, ds_config, run, corpus, device, Heartbeat()).fit()
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # as our programs end (cli.run): gloo's threads now and then abort an interpreter's tear-down
+        train(settings, stage, device, folder / resume[0] if resume else None)
+    end()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from gfrnn.config import BatchSettings, OptimizerSettings, RunSettings, Settings, UserError, preset
+from gfrnn.config import (
+    BatchSettings,
+    CommunicationSettings,
+    OptimizerSettings,
+    RunSettings,
+    Settings,
+    UserError,
+    preset,
+)
 from gfrnn.nn import GatedFeedbackRNN
 from gfrnn.training import ds_config
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
@@ -273,6 +281,30 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 )
 def test_what_cannot_run(config: dict[str, Any], key: str) -> None:
     assert key in refused(config)
+
+
+@pytest.mark.parametrize("kind", ["powersgd", "topk", "local"])
+def test_compression_is_for_stage_0_and_several_processes(kind: Any) -> None:
+    settings = replace(SETTINGS, communication=CommunicationSettings(compression=kind))
+    assert resolve(zero(0) | {"communication_data_type": "fp32"}, settings=settings)
+    for stage in (1, 2, 3):
+        assert f"--compression {kind} is for stage 0" in refused(zero(stage), settings=settings)
+    for key, value in {"communication_data_type": "bf16", "gradient_predivide_factor": 2.0}.items():
+        said = f"{key} is for DeepSpeed's all-reduce, which --compression {kind} replaces; remove it"
+        assert refused({key: value}, settings=settings) == f"my.json: {said}"
+    with pytest.raises(UserError, match=f"--compression {kind} is for several processes, and this is one"):
+        resolve(zero(0), 1, settings)
+
+
+def test_a_noise_scale_needs_two_parts_of_a_batch() -> None:
+    measured = replace(SETTINGS, run=RunSettings(max_updates=100, noise_scale=0.9))
+    for accumulation, world_size in ((2, 1), (1, 2)):
+        settings = replace(measured, batch=BatchSettings(rows=10, accumulation=accumulation))
+        assert resolve({}, world_size, settings)
+    for accumulation, rows in ((1, 10), (2, 1)):
+        settings = replace(measured, batch=BatchSettings(rows=rows, accumulation=accumulation))
+        with pytest.raises(UserError, match="add --accumulation 2 and --rows 2"):
+            resolve({}, 1, settings)
 
 
 def test_what_is_switched_off_is_dropped() -> None:

@@ -70,6 +70,28 @@ def test_same_losses(runs, processes, stage, accumulation):
     assert largest_difference(validations(other), validations(reference)) <= 1e-5
 
 
+def noise_scales(run: Path) -> dict[int, float]:
+    return {line["step"]: line["noise_scale"] for line in metrics(run) if "noise_scale" in line}
+
+
+def assert_same_noise_scales(run: Path, reference: Path, symbols: int) -> None:
+    """A scale B above the batch's symbols N hangs on a difference of numbers that are 1 + B / N times as large."""
+    other, expected = noise_scales(run), noise_scales(reference)
+    assert len(expected) > 50
+    assert set(other) == set(expected)
+    for step, scale in expected.items():
+        assert other[step] == pytest.approx(scale, rel=1e-5 * (1 + scale / symbols))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 2), (2, 1)])
+def test_same_noise_scale(runs, processes, accumulation, stage):
+    """Whether rows 0-2 and 3-4 are micro-batches or processes."""
+    other = runs / name_of(stage, processes, accumulation)
+    assert_same_noise_scales(other, runs / name_of(0, 1, 2), 5 * 12)
+    assert not noise_scales(runs / name_of(0, 1, 1))  # a single part
+
+
 @pytest.mark.parametrize(("saved", "resumed"), RESUMES)
 def test_same_losses_after_resume(runs, saved, resumed):
     whole, rest = runs / name_of(*saved), runs / f"{name_of(*resumed)}-resumed"
@@ -77,6 +99,7 @@ def test_same_losses_after_resume(runs, saved, resumed):
     if saved == resumed:
         assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 25}
         assert validations(rest) == {step: bpc for step, bpc in validations(whole).items() if step > 25}
+        assert noise_scales(rest) == {step: scale for step, scale in noise_scales(whole).items() if step > 25}
     assert largest_difference(losses(rest), losses(whole)) <= 1e-5
     assert largest_difference(validations(rest), validations(whole)) <= 1e-5
 
@@ -128,6 +151,11 @@ def test_same_losses_of_programs(program_runs, other):
     assert levels(run) == levels(reference)
     assert largest_difference(losses(run), losses(reference)) <= 1e-5
     assert largest_difference(validations(run), validations(reference)) <= 1e-5
+
+
+def test_same_noise_scale_of_programs(program_runs):
+    """Of parts whose programs print more and fewer characters, at least 2 each."""
+    assert_same_noise_scales(program_runs / name_of(2, 2, 1), program_runs / name_of(0, 1, 2), 5 * 2)
 
 
 @pytest.mark.parametrize(("saved", "resumed"), PROGRAM_RESUMES)

@@ -182,6 +182,21 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
+class CommunicationSettings:
+    """Sending less than whole gradients, at ZeRO stage 0."""
+
+    compression: Literal["none", "powersgd", "topk", "local"] = "none"
+    """Of gradients between processes. powersgd: low rank; topk: the largest elements; both send what they left out
+    later. local: none are sent, each process updates alone, and weights and moments are averaged now and then."""
+    compression_rank: int = 4
+    """powersgd: rank of what is sent of a matrix."""
+    compression_share: float = 0.01
+    """topk: share of the elements that is sent, up to 1."""
+    local_updates: int = 8
+    """local: updates from one averaging to the next."""
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """When to stop, look, save and report."""
 
@@ -213,6 +228,8 @@ class RunSettings:
     """Trace so many updates of this start into profile/ of the run folder, for ui.perfetto.dev; 0: none."""
     log_every: int = 10
     """Updates between lines of metrics.jsonl."""
+    noise_scale: float = 0.0
+    """Measure the gradient noise scale, in characters, as a running mean of this decay an update (0.99, say); 0: no."""
     sample_length: int = 400
     """Characters sampled at the end, into summary.json and MLflow."""
     mlflow: bool = True
@@ -246,6 +263,7 @@ class Settings:
     programs: ProgramSettings = field(default_factory=ProgramSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimization: OptimizerSettings = field(default_factory=OptimizerSettings)
+    communication: CommunicationSettings = field(default_factory=CommunicationSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def to_json(self) -> dict[str, Any]:

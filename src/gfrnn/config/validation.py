@@ -11,6 +11,7 @@ from gfrnn.config.settings import (
     MOST_LENGTH,
     MOST_NESTING,
     VOCABULARY_SIZES,
+    CommunicationSettings,
     ProgramSettings,
     Settings,
     UserError,
@@ -21,13 +22,14 @@ from gfrnn.config.settings import (
 def validate(settings: Settings) -> None:
     """Refuse settings that contradict themselves; raises UserError with one line."""
     m, p, b, o, r = settings.model, settings.programs, settings.batch, settings.optimization, settings.run
+    c = settings.communication
     task = preset(settings.preset).task
     if task != settings.task:
         other = TASK_PRESETS[settings.task]
         raise UserError(
             f"--task {settings.task} does not go with --preset {settings.preset}, of task {task}: try {other}"
         )
-    for group in (settings, m, settings.data, p, b, o, r):
+    for group in (settings, m, settings.data, p, b, o, c, r):
         for name, value in vars(group).items():
             flag = f"--{name.replace('_', '-')}"
             if isinstance(value, float) and not math.isfinite(value):
@@ -47,6 +49,9 @@ def validate(settings: Settings) -> None:
         "--accumulation": b.accumulation,
         "--learning-rate": o.learning_rate,
         "--eps": o.eps,
+        "--compression-rank": c.compression_rank,
+        "--compression-share": c.compression_share,
+        "--local-updates": c.local_updates,
         "--keep-last": r.keep_last,
         "--collective-timeout": r.collective_timeout,
         "--log-every": r.log_every,
@@ -93,6 +98,7 @@ def validate(settings: Settings) -> None:
         "--rms-decay": o.rms_decay,
         "--momentum": o.momentum,
         "--average-decay": o.average_decay,
+        "--noise-scale": r.noise_scale,
     }
     for flag, value in fractions.items():
         if not 0 <= value < 1:
@@ -119,6 +125,12 @@ def validate(settings: Settings) -> None:
         raise UserError(f"--hidden-bias belongs to --unit gru, not {m.unit}")
     if m.forget_bias and m.unit != "lstm":
         raise UserError(f"--forget-bias belongs to --unit lstm, not {m.unit}")
+    if c.compression_share > 1:
+        raise UserError(f"--compression-share is {c.compression_share}; a share is 1 at most")
+    if r.noise_scale and c.compression != "none":
+        raise UserError(
+            f"--noise-scale needs the gradient of the whole batch, which --compression {c.compression} does not have"
+        )
     if not r.experiment.strip():
         raise UserError("--experiment is empty; give a name")
     if not r.max_updates and not r.max_epochs:
@@ -161,13 +173,17 @@ def without_effect(settings: Settings) -> list[str]:
         for f in dataclasses.fields(group):
             if (settings.task == "text" or f.name in _OF_TEXT) and getattr(group, f.name) != default_of(f):
                 found.append(f"--{f.name.replace('_', '-')} has no effect on --task {settings.task}")
-    p = settings.programs
+    p, c = settings.programs, settings.communication
+    for name, kind in _OF_COMPRESSION.items():
+        if c.compression != kind and getattr(c, name) != getattr(CommunicationSettings, name):
+            found.append(f"--{name.replace('_', '-')} has no effect on --compression {c.compression}")
     levels = p.level_programs != ProgramSettings.level_programs
     if settings.task == "programs" and levels and p.curriculum not in LADDERS:
         found.append(f"--level-programs has no effect on --curriculum {p.curriculum}, which has no levels")
     return found
 
 
+_OF_COMPRESSION = {"compression_rank": "powersgd", "compression_share": "topk", "local_updates": "local"}
 _OF_TEXT = {
     "corpus",
     "corpus_file",

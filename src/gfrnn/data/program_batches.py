@@ -91,6 +91,11 @@ class ProgramBatches:
         """Of their targets: what an update counts."""
         return int(self.table.target_lengths[self._programs_UR[update]].sum())
 
+    def counted(self, update: int, micro: int) -> int:
+        """Those of a micro-batch."""
+        rows_B = self._rows_AB[micro].numpy()
+        return int(self.table.target_lengths[self._programs_UR[update][rows_B[rows_B != PADDING]]].sum())
+
     def batch(self, update: int, micro: int) -> ProgramBatch:
         """A micro-batch of update 0 .. updates - 1."""
         programs_R = self._programs_UR[update]

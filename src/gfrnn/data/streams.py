@@ -51,6 +51,7 @@ class Streams:
         share = RowShare(rows, world_size=world_size, rank=rank, accumulation=accumulation)
         self.rows_per_micro = share.per_micro
         self._rows_AB = share.rows_AB.to(self.device)
+        self._counted_A: list[int] = [int((rows_B != PADDING).sum()) * steps for rows_B in share.rows_AB]
         self._weights_AB = (self._rows_AB != PADDING).float()
 
         first, last = share.first, share.stop
@@ -70,6 +71,10 @@ class Streams:
     def weights(self, micro: int) -> Tensor:
         """Weights of a micro-batch's rows: float32 [B], 1, or 0 for rows that do not exist."""
         return self._weights_AB[micro]
+
+    def counted(self, micro: int) -> int:
+        """Symbols of a micro-batch that count."""
+        return self._counted_A[micro]
 
     def batch(self, segment: int, micro: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [T, B] each, on the device: views of one new tensor, a step apart.

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from gfrnn.config import RunFailed, Settings, UserError
 from gfrnn.runs import Checkpoint, RunFolder, TensorsByName
+from gfrnn.training.compression import Exchange, TensorsByKey
 from gfrnn.training.shards import Average, Shards
 
 _PREFIX = "model."  # of parameter names in an objective; a checkpoint has those of its model
@@ -54,6 +55,9 @@ class Position:
     mean_norm: float = 0.0
     """Of ExplosionGuard."""
     window: Window = field(default_factory=Window)
+    noise_spread: float = 0.0
+    noise_signal: float = 0.0
+    """Of NoiseScale."""
     average_count: int = 0
     optimizer_step: int = 0
 
@@ -63,6 +67,7 @@ def gather_checkpoint(
     settings: Settings,
     shards: Shards,
     average: Average | None,
+    exchange: Exchange,
     state: TensorsByName,
     values: dict[str, Any],
     mlflow_run_id: str | None,
@@ -81,7 +86,7 @@ def gather_checkpoint(
         weights=_model_names(shards.weights(on_all_ranks=False)),
         optimizer={key: _model_names(full) for key, full in moments.items()},
         averages=averages,
-        state=state,
+        state={**state, **_flat(exchange.gather())},
         trainer={
             "position": dataclasses.asdict(position),
             "settings": settings.to_json(),
@@ -118,8 +123,12 @@ def on_first_process(what: str, device: torch.device) -> Iterator[bool]:
         raise failure or RunFailed(f"the first process could not {what}")
 
 
-def restore(saved: Checkpoint, settings: Settings, shards: Shards, average: Average | None) -> Position:
-    """Loads weights, averages and, if it is of the settings' kind, the optimizer's state. No communication.
+def restore(
+    saved: Checkpoint, settings: Settings, shards: Shards, average: Average | None, exchange: Exchange
+) -> Position:
+    """Loads weights, averages, what was left to be sent and, if it is of the settings' kind, the optimizer's state.
+
+    No communication.
 
     Returns where the run was that wrote the checkpoint.
     """
@@ -130,6 +139,7 @@ def restore(saved: Checkpoint, settings: Settings, shards: Shards, average: Aver
         shards.load_optimizer_state(moments, position.optimizer_step)
     if average is not None and saved.averages is not None:
         average.load(_engine_names(saved.averages), position.average_count)
+    exchange.load(_unflat(saved.state))
     return position
 
 
@@ -145,6 +155,20 @@ def _position_of(saved: Checkpoint) -> Position:
 def best_weights(shards: Shards, average: Average | None) -> TensorsByName:
     """What validation uses, by name, on every rank: the averages once there are any, else the weights."""
     return _model_names((average if average is not None and average.count else shards).weights())
+
+
+def _flat(kept: TensorsByKey) -> TensorsByName:
+    """An exchange's state as it lies among the carried one: error/rnn.weight_ih_l0 and so on."""
+    return {f"{key}/{name}": t for key, full in kept.items() for name, t in _model_names(full).items()}
+
+
+def _unflat(state: TensorsByName) -> TensorsByKey:
+    kept: TensorsByKey = {}
+    for full_name, tensor in state.items():
+        key, slash, name = full_name.partition("/")
+        if slash:
+            kept.setdefault(key, {})[_PREFIX + name] = tensor
+    return kept
 
 
 def _model_names(full: TensorsByName) -> TensorsByName:

@@ -198,6 +198,7 @@ class _Resolver:
         self.scalars(resolved)
         self.precision(resolved, stage)
         self.owned(config)
+        self.processes(resolved, stage)
         if stage >= 2 and (resolved.get("gradient_predivide_factor", 1.0) != 1.0 or resolved.get("prescale_gradients")):
             self.refuse(f"gradient_predivide_factor and prescale_gradients do not go with stage {stage}; remove them")
         zero["memory_efficient_linear"] = False  # true replaces torch's F.linear for the whole process
@@ -322,6 +323,22 @@ class _Resolver:
             self.refuse("zero_optimization.memory_efficient_linear replaces torch's linear for all modules; remove it")
         self.section("optimizer", config, _optimizer_values(self.settings), "--optimizer, --learning-rate, ...")
         self.section("scheduler", config, _scheduler_values(self.settings), "--schedule, --warmup-updates, ...")
+
+    def processes(self, resolved: dict[str, Any], stage: int) -> None:
+        """What the number of processes and their parts of an update make impossible."""
+        kind = self.settings.communication.compression
+        if kind != "none":
+            if stage:
+                self.refuse(f"--compression {kind} is for stage 0, where gradients are whole; this is stage {stage}")
+            if self.world_size == 1:
+                raise UserError(f"--compression {kind} is for several processes, and this is one; leave it out")
+            neutral = {"communication_data_type": "fp32", "prescale_gradients": False, "gradient_predivide_factor": 1.0}
+            for key, value in neutral.items():
+                if resolved.get(key, value) != value:
+                    self.refuse(f"{key} is for DeepSpeed's all-reduce, which --compression {kind} replaces; remove it")
+        parts = min(self.settings.batch.rows, self.world_size * self.settings.batch.accumulation)
+        if self.settings.run.noise_scale and parts < 2:
+            raise UserError("--noise-scale compares parts of a batch; on one process add --accumulation 2 and --rows 2")
 
     def section(self, name: str, config: dict[str, Any], ours: dict[str, Any], flags: str) -> None:
         """Refuse an optimizer or scheduler section unless it repeats `ours`; it does not reach DeepSpeed either way."""

@@ -29,11 +29,13 @@ from gfrnn.training.checkpoint import (
     restore,
     write_checkpoint,
 )
+from gfrnn.training.compression import make_exchange
 from gfrnn.training.ds_config import stage_of
 from gfrnn.training.engine import build_optimizer, initialize
 from gfrnn.training.flops import gemm_peak
 from gfrnn.training.heartbeat import Heartbeat
 from gfrnn.training.memory import peak_resident, resident
+from gfrnn.training.noise_scale import NoiseScale, PartNorms
 from gfrnn.training.profiling import UpdateProfiler
 from gfrnn.training.progress import TrainingProgress
 from gfrnn.training.schedule import ExplosionGuard, learning_rate
@@ -102,16 +104,21 @@ class Trainer:
         if optimization.average != "none":
             decay = optimization.average_decay if optimization.average == "ema" else None
             self.average = sharding.Average(self.shards, decay)
+        averages = self.average.tensors if self.average is not None else []
+        self.exchange = make_exchange(settings.communication, self.shards, averages)
 
         self.position = Position()
         if saved is not None:
-            self.position = restore(saved, settings, self.shards, self.average)
+            self.position = restore(saved, settings, self.shards, self.average, self.exchange)
             if own is None:  # another run's checkpoint: its best is not this one's
                 self.position = dataclasses.replace(self.position, best={}, best_step=0, without_best=0)
             self.task.load(saved)
         self.saved_step = self.position.step if saved is not None else -1
         self.last_save = time.monotonic()
         self.guard = ExplosionGuard(optimization.halve_on_explosion, self.position.rate_scale, self.position.mean_norm)
+        measured = settings.run.noise_scale
+        self.noise = NoiseScale(measured, self.position.noise_spread, self.position.noise_signal)
+        self.parts = PartNorms(self.shards.parameters.values()) if measured else None
         self.last_norms: list[float] = []
 
     # ---------------------------------------------------------------------------------------------- the loop
@@ -176,9 +183,12 @@ class Trainer:
             task.keep(micro, state)
             with self.heart.phase("backward"):
                 self.engine.backward(loss)
+            if self.parts is not None:
+                # backward divides by the micro-batches once more
+                self.parts.take(task.counted(step, micro), divisor * batch.accumulation)
             del loss  # it holds the activations, and the next micro-batch makes its own
             with self.heart.phase("optimizer"):
-                norm = sharding.step(self.engine)
+                norm = sharding.step(self.engine, self.exchange)
             sums += micro_sums
         assert norm is not None  # the last micro-batch is the boundary
         with self.heart.phase("agree"):
@@ -204,12 +214,18 @@ class Trainer:
         minutes = self.settings.run.checkpoint_minutes
         save = self.rank == 0 and minutes > 0 and time.monotonic() - self.last_save > 60 * minutes
         flags = torch.tensor([save, *self.stop.wishes], dtype=torch.float64)
-        shared = torch.cat([sums, flags.to(self.device)])
+        more = [self.parts.shared(self.device)] if self.parts is not None else []
+        if self.exchange.apart:  # each process has a norm of its own
+            more.append(norm.double().square().view(1) / self.world_size)
+        shared = torch.cat([sums, flags.to(self.device), *more])
         dist.all_reduce(shared)
-        names, values = self.task.figures, shared.tolist()
-        saves, *wishes = values[len(names) :]
-        figures = {name: value / count for name, value in zip(names, values, strict=False)}
-        return Done(figures, float(norm), rate, self.stop.agreed(wishes), saves > 0)
+        values = iter(shared.tolist())
+        figures = {name: next(values) / count for name in self.task.figures}
+        saves, *wishes = (next(values) for _ in flags)
+        if self.parts is not None:
+            self.noise.see(next(values), int(next(values)), count, float(norm))
+        global_norm = math.sqrt(next(values)) if self.exchange.apart else float(norm)
+        return Done(figures, global_norm, rate, self.stop.agreed(wishes), saves > 0)
 
     def _check_finite(self, done: Done) -> None:
         if math.isfinite(done.figures["bpc"]) and math.isfinite(done.grad_norm):
@@ -237,6 +253,7 @@ class Trainer:
         """
         position = self.position
         self.heart.at("validation")
+        self.exchange.settle()
         self.plain_model.load_state_dict(best_weights(self.shards, self.average))
         figures = self.task.validate(self.plain_model)
         bpc = figures["bpc"]
@@ -268,6 +285,7 @@ class Trainer:
                 **self.task.progress(),
                 "learning_rate": done.rate,
                 "grad_norm": done.grad_norm,
+                **self.noise.figures(),
                 "characters": self.position.characters,
                 "characters_per_second": speed,
                 "mfu": mfu,
@@ -316,14 +334,17 @@ class Trainer:
         if self.saved_step == position.step and not best:
             return
         self.heart.at("checkpoint")
+        self.exchange.settle()
         now = self._wall_clock()
         position.wall_clock_s, self.clock = now, time.monotonic()
         position.rate_scale, position.mean_norm = self.guard.scale, self.guard.mean
+        position.noise_spread, position.noise_signal = self.noise.spread, self.noise.signal
         saved = gather_checkpoint(
             position,
             self.settings,
             self.shards,
             self.average,
+            self.exchange,
             *self.task.gather(),
             self.run.mlflow_run_id(),
             self.task.corpus_md5,

@@ -81,9 +81,10 @@ def estimate(
     accumulated = settings.batch.accumulation > 1
     # the gradients, a parameter at a time: at stage 0 all stay until the optimizer's step
     apart = flat if stage == 0 or (stage == 1 and accumulated) else 0
+    errors = full if settings.communication.compression in ("powersgd", "topk") else 0  # what was not sent
     always: _Parts = {
         "weights": full + trained + averages,  # a plain model validates
-        "gradients": max(apart, net.sums) + (flat_share + bucket if stage == 3 else 0),
+        "gradients": max(apart, net.sums) + (flat_share + bucket if stage == 3 else 0) + errors,
         "optimizer": states * updated,
         "copies for products": full * bf16 + net.transposed - net.large_copies,
         "activations": net.small,

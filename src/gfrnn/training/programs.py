@@ -71,6 +71,9 @@ class ProgramTask:
     def count(self, update: int) -> int:
         return self.batches.target_characters(self._at)
 
+    def counted(self, update: int, micro: int) -> int:
+        return self.batches.counted(self._at, micro)
+
     def characters(self, update: int) -> int:
         return self.batches.source_characters(self._at) + self.batches.target_characters(self._at)
 

@@ -18,11 +18,14 @@ averages) travels the same way.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gfrnn.training.compression import Exchange
 
 _BUCKET = 2**24  # elements an all-reduce when gathering: 64 MiB
 
@@ -181,19 +184,29 @@ class Average:
         self.count = count
 
 
-def step(engine: Any) -> Tensor | None:
+def leave_gradients(engine: Any) -> None:
+    """At stage 0: backward() leaves each process its own gradients from now on, for `step` to have them exchanged."""
+    engine.enable_backward_allreduce = False
+
+
+def step(engine: Any, exchange: Exchange | None = None) -> Tensor | None:
     """engine.step(), and at the accumulation boundary the global L2 norm of the averaged gradient before clipping.
 
     A 0-dim tensor: float() of it waits for the device. Where the gradient is not finite, stages 1 to 3 skip the update
     and the norm is infinite; at stage 0 the norm is not finite either, but the weights are lost. None between
-    boundaries.
+    boundaries. exchange: what is done about the processes' gradients at stage 0, after `leave_gradients`; where it
+    leaves them apart, the norm is this process's own.
     """
     boundary = engine.is_gradient_accumulation_boundary()
     sharded = engine.zero_optimization_stage() > 0
     norm = None
-    if boundary and not sharded:  # already averaged by backward(), and DeepSpeed does not keep the norm it clips by
+    if boundary and exchange is not None:
+        exchange.reduce()
+    if boundary and not sharded:  # averaged by backward() or the exchange; DeepSpeed does not keep the norm it clips by
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
+    if boundary and exchange is not None:
+        exchange.stepped()
     if boundary and sharded:
         norm = torch.as_tensor(engine.get_global_grad_norm() if engine.was_step_applied() else float("inf"))
     return norm

@@ -46,6 +46,9 @@ class Task(Protocol):
     def count(self, update: int) -> int:
         """Symbols of the global batch that count."""
 
+    def counted(self, update: int, micro: int) -> int:
+        """Those of this process's micro-batch."""
+
     def characters(self, update: int) -> int:
         """Symbols of the global batch that are read."""
 

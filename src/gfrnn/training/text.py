@@ -75,6 +75,9 @@ class TextTask:
 
     characters = count
 
+    def counted(self, update: int, micro: int) -> int:
+        return self.streams.counted(micro)
+
     def flops(self, update: int) -> int:
         return self._flops
 
