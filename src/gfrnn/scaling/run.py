@@ -71,7 +71,7 @@ def _settle(study: StudyFolder, number: int, why: str) -> None:
     """Says what came of a point; writes a failed result if there is a reason."""
     point = study.point(number)
     if why:
-        study.write(failed(point, study.how, why))
+        study.write(failed(study, point, why))
     result = study.result(point)
     assert result is not None
     say(f"point {number}: {describe(result)}")
