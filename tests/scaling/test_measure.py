@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from gfrnn.scaling.exposed import exposed, shared, united, without
 from gfrnn.scaling.folder import StudyFolder
 from gfrnn.scaling.group import reason
 from gfrnn.scaling.measure import Own, combined
+from gfrnn.scaling.phases import Stopwatch
 from gfrnn.scaling.records import PARTS, Measurement
 from gfrnn.scaling.store import read
 from gfrnn.scaling.sweep import KINDS
@@ -59,15 +62,14 @@ def test_parts_add_up_to_the_step(study: Path) -> None:
         assert set(found.parts) == set(PARTS)
         assert all(seconds >= 0 for seconds in found.parts.values())
         assert found.step_seconds_low <= found.step_seconds <= found.step_seconds_high
-        # between the fastest and the slowest updates' own times, with room for what a process does alone
         total = sum(found.parts.values())
-        assert 0.5 * found.step_seconds_low < total < 2 * found.step_seconds_high
+        assert total > 0.5 * found.step_seconds_low  # a mean, which one slow update may carry far above
         busy = sum(found.busy_seconds) / len(found.busy_seconds)
         assert len(found.busy_seconds) == found.point.world_size
         assert busy + found.parts["communication"] == pytest.approx(total)
         # an update is forward and backward through time
         assert found.parts["forward"] + found.parts["backward"] > 0.4 * busy
-        assert found.parts["other"] < 0.2 * total
+        assert found.parts["other"] < 0.5 * total
         assert found.characters == 80
         assert found.parameters == 1_223_049
         assert 1e9 < found.peak_flops < 1e13
@@ -125,6 +127,17 @@ def results(study: Path) -> Iterator[Any]:
     return (folder.result(point) for point in folder.points)
 
 
+def test_a_plan_by_what_was_measured(study: Path, tmp_path: Path) -> None:
+    where = tmp_path / "plan.json"
+    flags = [*GRID, "--ds-configs", "z2", "--world-sizes", "1", "4", "--measured", study, "--json", where]
+    done = script("study", "plan", *flags)
+    assert done.returncode == 0, done.stderr
+    alone, four = json.loads(where.read_text())
+    speeds = [found.flops / found.point.world_size / statistics.fmean(found.busy_seconds) for found in measured(study)]
+    assert min(speeds) <= alone["flops"] / alone["step_seconds"] <= max(speeds)
+    assert four["step_seconds"] == pytest.approx(alone["step_seconds"] / 4)
+
+
 def test_a_second_run_measures_nothing_and_new_flags_add_points(study: Path) -> None:
     before = stamps(study)
     done = script("study", "run", study)
@@ -135,6 +148,7 @@ def test_a_second_run_measures_nothing_and_new_flags_add_points(study: Path) -> 
     assert done.stdout.startswith("6 of 6 points are done, 2 of them failed\n"), done.stderr
     assert {name: stamp for name, stamp in stamps(study).items() if name in before} == before
     *_, large = measured(study)
+    assert large.machine == measured(study)[0].machine
     assert large.failed.startswith("does not fit: a process would take ")
     assert large.failed.endswith("MB it may; --memory says otherwise")
     measurements, _ = read(f"sqlite:///{study.parent}/mlflow.db", "gfrnn-study")
@@ -258,6 +272,34 @@ def test_the_slowest_process_is_the_steps_time() -> None:
     assert found["joules"] == pytest.approx(4 / 3)
     one = combined([own(1, waited=0)])
     assert one["step_seconds_low"] == one["step_seconds_high"] == 1
+
+
+def test_parts_of_an_update() -> None:
+    """What collectives take is in none of the phases that they are called in."""
+    watch = types.SimpleNamespace(blocked=0.0)
+    stopwatch = Stopwatch(watch, settle=lambda: time.sleep(0.01))  # type: ignore[arg-type]
+
+    def update() -> None:
+        for _ in range(2):  # micro-batches
+            with stopwatch.phase("forward"):
+                time.sleep(0.03)
+            with stopwatch.phase("backward"):
+                time.sleep(0.05)
+                time.sleep(0.04)
+                watch.blocked += 0.04
+        with stopwatch.phase("agree"):
+            time.sleep(0.02)
+            watch.blocked += 0.02
+
+    for _ in range(2):  # of each update its own
+        begin = time.perf_counter()
+        parts = stopwatch.timed(update)
+        seconds = time.perf_counter() - begin
+        assert set(parts) == set(PARTS)
+        assert sum(parts.values()) == pytest.approx(seconds, abs=0.005)
+        assert parts["communication"] == pytest.approx(0.1)
+        for name, least in (("forward", 0.08), ("backward", 0.12), ("optimizer", 0), ("other", 0.01)):
+            assert least - 1e-3 <= parts[name] <= least + seconds - 0.31, name
 
 
 class Range(NamedTuple):

@@ -199,7 +199,9 @@ def machine(device: torch.device, how: How) -> Machine:
     return Machine(name, torch.get_num_threads(), how.network, torch.__version__, deepspeed.__version__)
 
 
-def failed(point: Point, how: How, reason: str) -> Result:
-    """A point that has no figures."""
-    where = Machine("", how.threads, how.network)
+def failed(study: StudyFolder, point: Point, reason: str) -> Result:
+    """A point that has no figures; on the machine that others of the study were measured on, if there are any."""
+    done = [result.measurement for other in study.points if (result := study.result(other)) is not None]
+    known = [measurement.machine for measurement in done if not measurement.failed]
+    where = known[0] if known else Machine("", study.how.threads, study.how.network)
     return Result(Measurement(point, where, failed=" ".join(reason.split()) or "no reason was given"))

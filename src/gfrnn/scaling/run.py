@@ -16,6 +16,7 @@ from gfrnn.scaling.folder import Result, StudyFolder
 from gfrnn.scaling.group import Launcher, measured_here
 from gfrnn.scaling.measure import failed
 from gfrnn.scaling.plan import too_large
+from gfrnn.scaling.records import Point
 from gfrnn.scaling.store import Store
 
 ROOT = Path(__file__).parents[3]
@@ -55,12 +56,12 @@ def collect(study: StudyFolder, number: int, status: int, said: str, store: Stor
     if study.result(study.point(number)) is None:
         _settle(study, number, reason([status], [said]))
     _clean(study, number)
-    send(study, store)
+    send(study, store, [study.point(number)])  # others of the array see to theirs
 
 
-def send(study: StudyFolder, store: Store) -> None:
-    """Brings MLflow up to date; where that fails the next call does it, and a line says so."""
-    results = [result for point in study.points if (result := study.result(point)) is not None]
+def send(study: StudyFolder, store: Store, points: Sequence[Point] | None = None) -> None:
+    """Brings MLflow up to date, of all points or these; where that fails the next call does it, and a line says so."""
+    results = [result for point in points or study.points if (result := study.result(point)) is not None]
     failure = store.send(results)
     if failure:
         say(f"MLflow at {store.shown} fails ({failure}); the figures are in {study.path}, the same command sends them")
@@ -70,7 +71,7 @@ def _settle(study: StudyFolder, number: int, why: str) -> None:
     """Says what came of a point; writes a failed result if there is a reason."""
     point = study.point(number)
     if why:
-        study.write(failed(point, study.how, why))
+        study.write(failed(study, point, why))
     result = study.result(point)
     assert result is not None
     say(f"point {number}: {describe(result)}")

@@ -15,7 +15,7 @@ from gfrnn.cli import say
 from gfrnn.config import UserError
 from gfrnn.scaling.folder import FORM, Result, result_from, result_to
 from gfrnn.scaling.records import Machine, Measurement, Timed
-from gfrnn.training.mlflow_sender import connect, tracking_uri, without_password
+from gfrnn.training.mlflow_sender import connect, sqlite_file, tracking_uri, without_password
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -88,6 +88,7 @@ def read(uri: str, experiment: str) -> tuple[list[Measurement], list[tuple[Machi
     if len(results) < len(runs):
         others = len(runs) - len(results)
         say(f"note: {others} of {len(runs)} runs of {experiment} are not measurements of this version: left out")
+    results = list({result.id: result for result in results}.values())  # two may have sent the same
     sweeps = [(result.measurement.machine, timed) for result in results for timed in result.sweep]
     return [result.measurement for result in results], sweeps
 
@@ -100,8 +101,9 @@ def runs_of(uri: str, experiment: str) -> tuple[MlflowClient, list[Any]]:
     from mlflow.tracking import MlflowClient
 
     where = without_password(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").replace("%3F", "?")).exists():
-        raise UserError(f"there is no MLflow database at {where}")  # a client would make one
+    database = sqlite_file(uri)
+    if database is not None and not database.exists():  # a client would make one
+        raise UserError(f"there is no MLflow database at {where}; name the one that study.py run has printed")
     try:
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
@@ -109,7 +111,7 @@ def runs_of(uri: str, experiment: str) -> tuple[MlflowClient, list[Any]]:
     except Exception as error:  # every kind of store raises errors of its own
         raise UserError(f"MLflow at {where} cannot be read: {reason(error)}") from error
     if found is None:
-        raise UserError(f"MLflow at {where} has no experiment {experiment}")
+        raise UserError(f"MLflow at {where} has no experiment {experiment}; study.py run makes one")
     return client, runs
 
 

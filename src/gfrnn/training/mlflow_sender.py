@@ -226,7 +226,7 @@ def connect(uri: str, run_dir: Path, experiment: str) -> tuple[MlflowClient, str
     """A client, and the id of the experiment of that name; makes what is not there: the database, the experiment."""
     from mlflow.tracking import MlflowClient
 
-    if (database := _sqlite_file(uri)) is not None and not database.exists():
+    if (database := sqlite_file(uri)) is not None and not database.exists():
         _make_database(database)
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
@@ -240,7 +240,8 @@ def without_password(uri: str) -> str:
     return re.sub("//[^/@]*@", "//", uri)
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
+    """Of a store that is one."""
     return Path(unquote(uri.removeprefix("sqlite:///"))).absolute() if uri.startswith("sqlite:///") else None
 
 
@@ -262,7 +263,7 @@ def _artifact_location(uri: str, run_dir: Path) -> str | None:
     """Beside the database, or beside the run for one without a folder; None: the server's own. Never ./mlruns."""
     if re.split("[:+]", uri)[0] not in ("sqlite", "postgresql", "mysql", "mssql"):
         return None
-    return ((_sqlite_file(uri) or run_dir.absolute()).parent / "mlartifacts").as_uri()
+    return ((sqlite_file(uri) or run_dir.absolute()).parent / "mlartifacts").as_uri()
 
 
 # ------------------------------------------------------------------------------------------------ what is sent
