@@ -123,6 +123,19 @@ def test_a_point_that_failed_is_shown_with_its_reason() -> None:
     assert section(made, "Points without figures").rows[0][-1] == "out of memory: 3 of 2 GB"
 
 
+def test_what_less_on_the_wire_costs() -> None:
+    measurements, timed = study()
+    several = measurements[1]
+    whole = dataclasses.replace(several, bpc=3.0, trained_updates=50, noise_scale=12_345.0)
+    point = dataclasses.replace(several.point, compression="topk")
+    less = dataclasses.replace(several, point=point, bpc=3.02, trained_updates=50, step_seconds=0.01)
+    made = report.make([whole, less, *measurements[2:]], timed)
+    found = section(made, "Speed beside what is learned")
+    assert [row[-3:] for row in found.rows] == [["3.000", "+0.000", "12,345"], ["3.020", "+0.020", ""]]
+    assert "BPC above that without compression after as many updates, at most: topk +0.020." in made.conclusions
+    assert len(section(made, "The model and its residuals").rows) == len(measurements) - 1  # not of topk
+
+
 def test_what_cannot_be_reported_is_a_line() -> None:
     measurements, timed = study()
     other = dataclasses.replace(measurements[0], point=dataclasses.replace(POINTS[0], preset="demo"))

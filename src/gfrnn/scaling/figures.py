@@ -28,12 +28,10 @@ _COLOURS = {
 
 
 def _figure(columns: int = 1, height: float = _HEIGHT) -> tuple[Figure, list[Axes]]:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")  # no screen is needed
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(_WIDTH, height), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")  # not pyplot's: no screen is needed
+    axes = figure.subplots(1, columns, squeeze=False)
     for each in axes[0]:
         each.spines[["top", "right"]].set_visible(False)
     return figure, list(axes[0])

@@ -15,9 +15,10 @@ import tyro
 
 from gfrnn.config import Settings, UserError, preset, validate
 from gfrnn.scaling.records import Point
-from gfrnn.training.ds_config import load_ds_config, resolve_ds_config
+from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
 
 _CONFIGS = Path(__file__).parents[3] / "ds_configs"  # of a checkout
+_NOISE_DECAY = 0.95
 _FOREVER = 10**9  # updates: how many are made is the measurement's to say
 
 Dtype = Literal["fp32", "bf16"]
@@ -32,16 +33,29 @@ def _wire_bf16(settings: Settings, config: dict[str, Any]) -> Changed:
     return settings, config | {"communication_data_type": "bf16"}
 
 
+def _compressed(kind: Literal["powersgd", "topk", "local"]) -> Callable[[Settings, dict[str, Any]], Changed]:
+    def changed(settings: Settings, config: dict[str, Any]) -> Changed:
+        communication = dataclasses.replace(settings.communication, compression=kind)
+        return dataclasses.replace(settings, communication=communication), config
+
+    return changed
+
+
 COMPRESSIONS: dict[str, Callable[[Settings, dict[str, Any]], Changed]] = {
     "none": lambda settings, config: (settings, config),
     "bf16": _wire_bf16,
+    "powersgd": _compressed("powersgd"),
+    "topk": _compressed("topk"),
+    "local": _compressed("local"),
 }
 """What each makes of the settings and the content of a ds_config; another kind is a line here."""
+_OF_WHOLE_GRADIENTS = ("powersgd", "topk", "local")  # between several processes, at stage 0
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of these is a point, but those whose processes cannot be spread evenly on the nodes."""
+    """Every combination of these is a point, but for processes that cannot be spread evenly on the nodes, and for
+    compressions of ZeRO stage 0 elsewhere, or with one process."""
 
     presets: tuple[str, ...] = ("gf-lstm-5x700",)
     """Models, of text."""
@@ -60,7 +74,7 @@ class Grid:
     dtypes: tuple[Dtype, ...] = ("fp32",)
     """What products are computed in."""
     compressions: tuple[str, ...] = ("none",)
-    """Of gradients on the wire: none, bf16."""
+    """Of gradients on the wire: none, bf16; at ZeRO stage 0 also powersgd, topk, local (docs/performance.md)."""
     scaling: Literal["strong", "weak", "both"] = "strong"
     """strong: the global rows stay as processes are added; weak: those of a process do."""
 
@@ -77,6 +91,9 @@ class How:
     """Such rows, with an update and the products' peak between them."""
     sweep_seconds: float = 4.0
     """Time for single collectives of 1 KB to 64 MB, beside each point; 0: none."""
+    train_updates: int = 0
+    """Train each point on to so many updates, and note its validation BPC and gradient noise scale; 0: no. It is
+    what less on the wire costs, and what rows are worth."""
     limit: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 30.0
     """A point that takes longer is given up."""
     threads: int = 1
@@ -90,10 +107,20 @@ class How:
 
     def check(self) -> None:
         """Raises UserError."""
-        for name, least in (("updates", 1), ("repeats", 1), ("threads", 1), ("warm_up", 0), ("sweep_seconds", 0)):
+        for name, least in (
+            ("updates", 1),
+            ("repeats", 1),
+            ("threads", 1),
+            ("warm_up", 0),
+            ("sweep_seconds", 0),
+            ("train_updates", 0),
+        ):
             if getattr(self, name) < least:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is {getattr(self, name)}; it must be {least} or more")
+        timed = self.warm_up + self.repeats * (self.updates + 1)
+        if 0 < self.train_updates < timed:
+            raise UserError(f"--train-updates is {self.train_updates}; {timed} are made for the timing alone")
         if not self.limit > 0:
             raise UserError(f"--limit is {self.limit}; it must be more than 0 minutes")
 
@@ -111,10 +138,11 @@ def expand(grid: Grid, how: How) -> list[Point]:
                 for world_size in grid.world_sizes:
                     if world_size % nodes:
                         continue
+                    compressions = _compressions(grid, world_size, config)
                     for rows in _rows(grid, settings, world_size):
                         for steps in grid.steps or (settings.batch.steps,):
                             for dtype in grid.dtypes:
-                                for compression in grid.compressions:
+                                for compression in compressions:
                                     point = Point(
                                         name, _spelled(config), world_size, nodes, rows, steps, dtype, compression
                                     )
@@ -158,6 +186,12 @@ def _rows(grid: Grid, settings: Settings, world_size: int) -> list[int]:
     return fixed + [rows * world_size for rows in own]
 
 
+def _compressions(grid: Grid, world_size: int, config: str) -> list[str]:
+    """Those of the grid that go with a config for so many processes."""
+    fit = world_size > 1 and stage_of(load_ds_config(config_path(config))) == 0
+    return [compression for compression in grid.compressions if fit or compression not in _OF_WHOLE_GRADIENTS]
+
+
 def config_path(name: str) -> Path:
     """The file of a ds_config by its stem or path. Raises UserError."""
     if "/" in name or name.endswith(".json"):
@@ -184,7 +218,10 @@ def prepared(point: Point, how: How, folder: Path) -> Changed:
     """Settings and a resolved ds_config that train the point in a folder. Raises UserError for what cannot be."""
     settings = preset(point.preset)
     batch = dataclasses.replace(settings.batch, rows=point.rows, steps=point.steps, dtype=_dtype(point.dtype))
-    run = dataclasses.replace(settings.run, max_updates=_FOREVER, mlflow=False, checkpoint_minutes=0.0, time_limit=0.0)
+    updates = how.train_updates or _FOREVER
+    run = dataclasses.replace(settings.run, max_updates=updates, mlflow=False, checkpoint_minutes=0.0, time_limit=0.0)
+    if how.train_updates and point.world_size > 1 and point.compression not in _OF_WHOLE_GRADIENTS:
+        run = dataclasses.replace(run, noise_scale=_NOISE_DECAY)
     data = dataclasses.replace(settings.data, corpus=how.corpus, corpus_file=how.corpus_file)
     path = config_path(point.ds_config)
     settings = dataclasses.replace(settings, output_dir=folder, deepspeed=path, batch=batch, run=run, data=data)

@@ -98,12 +98,14 @@ def measure(study: StudyFolder, point: Point) -> None:
         own.uncover(_traced(trainer))
     everyone: list[Own | None] = [None] * point.world_size
     dist.all_gather_object(everyone, own)
+    trained = _trained(trainer, how.train_updates) if how.train_updates else {}
     network = sweep(device, nodes=point.nodes, seconds=how.sweep_seconds) if how.sweep_seconds else []
     if dist.get_rank() != 0:
         dist.barrier()  # the first must be able to write: a launcher ends all with the first that ends
         return
     counted = how.repeats * how.updates
-    elements = [shape.numel() for shape in trainer.shards.shapes.values()]
+    shapes = list(trainer.shards.shapes.values())
+    elements = [shape.numel() for shape in shapes]
     memory = estimate(settings, theory, point.world_size, updates_alone=True)
     measurement = Measurement(
         point,
@@ -111,11 +113,12 @@ def measure(study: StudyFolder, point: Point) -> None:
         **combined([each for each in everyone if each is not None]),
         calls={kind: each.calls // counted for kind, each in traffic.items()},
         bytes={kind: each.bytes // counted for kind, each in traffic.items()},
-        predicted_bytes=predicted(theory, elements),
+        predicted_bytes=predicted(theory, elements, settings, shapes=shapes, world_size=point.world_size),
         predicted_memory_bytes=memory.total,
         characters=trainer.task.characters(trainer.position.step),
         flops=trainer.task.flops(trainer.position.step),
         parameters=trainer.parameters,
+        **trained,
     )
     study.write(Result(measurement, tuple(network)))
     dist.barrier()
@@ -156,6 +159,17 @@ def timed(trainer: Trainer, stopwatch: Stopwatch, how: How) -> Own:
         dist.barrier()
         own.peak_flops.append(gemm_peak(trainer.device, dtype))  # all at once, as they train
     return own
+
+
+def _trained(trainer: Trainer, updates: int) -> dict[str, Any]:
+    """Fields of a Measurement after so many updates in all; collective."""
+    while trainer.position.step < updates:
+        one_update(trainer)
+    return {
+        "bpc": trainer.score()["bpc"],
+        "noise_scale": trainer.noise.value if trainer.settings.run.noise_scale else None,
+        "trained_updates": updates,
+    }
 
 
 def _traced(trainer: Trainer) -> dict[str, float]:

@@ -31,7 +31,18 @@ from gfrnn.scaling.model import THEORY, Model, Prediction
 from gfrnn.scaling.model_fit import Configs, fit, usable
 from gfrnn.scaling.records import Measurement, Point, Timed
 
-__all__ = ["HeldOut", "Model", "Prediction", "Residual", "fit", "for_cluster", "held_out", "residuals", "scaled"]
+__all__ = [
+    "HeldOut",
+    "Model",
+    "Prediction",
+    "Residual",
+    "fit",
+    "for_cluster",
+    "held_out",
+    "residuals",
+    "scaled",
+    "usable",
+]
 
 _DATASHEET = 0.4  # relative standard deviation of a data sheet's latencies and bytes/s
 _DATASHEET_WAIT = 0.3  # of what is waited for, hidden or not, on a cluster that nobody measured

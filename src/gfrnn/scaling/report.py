@@ -31,6 +31,7 @@ from gfrnn.scaling.prediction import (
     held_out,
     residuals,
     scaled,
+    usable,
 )
 from gfrnn.scaling.records import Machine, Measurement, Point, Timed
 from gfrnn.scaling.target import Outlook, Reference, knee, outlooks
@@ -106,6 +107,7 @@ def make(
     _parts(report, ran)
     _memory(report, ran)
     _volume(report, ran)
+    _learning(report, ran)
     _fits(report, ran, sweep, models)
     _outlook(report, ran, models, clusters, target)
     failed = [each for each in measurements if each.failed]
@@ -296,6 +298,34 @@ def _with(point: Point) -> str:
     return "" if point.compression == "none" else f" with {point.compression}"
 
 
+def _learning(report: Report, ran: Sequence[Measurement]) -> None:
+    trained = [each for each in ran if each.bpc is not None]
+    if not trained:
+        return
+    section = Section("Speed beside what is learned")
+    section.text.append("Validation bits a character after as many updates, and what it is above no compression.")
+    section.header = ["point", "updates", "characters/s", "sends, MB", "BPC", "above none", "noise scale, characters"]
+    costs: dict[str, list[float]] = {}
+    for each, name in zip(trained, _names(trained), strict=True):
+        bpc = each.bpc or 0.0
+        whole = [other.bpc or 0.0 for other in trained if _same(other, each) and other.point.compression == "none"]
+        if whole and each.point.compression != "none":
+            costs.setdefault(each.point.compression, []).append(bpc - whole[0])
+        cost = f"{bpc - whole[0]:+.3f}" if whole else ""
+        speed, noise = f"{each.characters_per_second:,.0f}", f"{each.noise_scale:,.0f}" if each.noise_scale else ""
+        own = f"{sent(each.bytes, each.point.world_size) / 1e6:.2f}"
+        section.rows.append([name, str(each.trained_updates), speed, own, f"{bpc:.3f}", cost, noise])
+    report.sections.append(section)
+    if costs:
+        words = ", ".join(f"{kind} {max(found, key=abs):+.3f}" for kind, found in costs.items())
+        report.conclusions.append(f"BPC above that without compression after as many updates, at most: {words}.")
+
+
+def _same(one: Measurement, other: Measurement) -> bool:
+    """But for the compression."""
+    return one.machine == other.machine and replace(one.point, compression="") == replace(other.point, compression="")
+
+
 # -------------------------------------------------------------------------------------------------------- predicted
 
 
@@ -317,7 +347,7 @@ def _fits(report: Report, ran: Sequence[Measurement], sweep: Sequence[tuple[Mach
     for fitted in models.values():
         if fitted is not None:
             model, own, _ = fitted
-            found += residuals(model, own, ds_config_of)
+            found += residuals(model, usable(own), ds_config_of)
     if not found:
         section.text.append(
             "No model: it takes points that were measured, and timed collectives beside several processes."
@@ -469,7 +499,6 @@ def _outlook_row(each: Outlook) -> list[str]:
 def write(report: Report, folder: Path) -> Path:
     """index.html, which needs no other file, and each section's PNG and CSV beside it; returns the page."""
     import jinja2
-    import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, str] = {}
@@ -477,7 +506,6 @@ def write(report: Report, folder: Path) -> Path:
         if section.figure is not None:
             held = io.BytesIO()
             section.figure.savefig(held, dpi=150, format="png")
-            plt.close(section.figure)
             (folder / f"{section.slug}.png").write_bytes(held.getvalue())
             pictures[section.slug] = base64.b64encode(held.getvalue()).decode()
         if section.rows:

@@ -246,16 +246,20 @@ class Trainer:
 
     # --------------------------------------------------------------------------------- looking and reporting
 
+    def score(self) -> dict[str, float]:
+        """Figures of the validation data with the averaged weights (else the weights); collective."""
+        self.heart.at("validation")
+        self.exchange.settle()
+        self.plain_model.load_state_dict(best_weights(self.shards, self.average))
+        return self.task.validate(self.plain_model)
+
     def _validate(self, *, check: bool = False) -> None:
         """Scores the validation data with the averaged weights (else the weights); a new best is saved as such.
 
         check: has the task look at it too, at updates that depend on the settings alone: not at an end, which moves.
         """
         position = self.position
-        self.heart.at("validation")
-        self.exchange.settle()
-        self.plain_model.load_state_dict(best_weights(self.shards, self.average))
-        figures = self.task.validate(self.plain_model)
+        figures = self.score()
         bpc = figures["bpc"]
         if not math.isfinite(bpc):  # an update whose own loss was still finite
             self._fail(f"validation loss is not finite after update {position.step}")
