@@ -28,7 +28,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import printed_by_first
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -37,6 +36,8 @@ from gfrnn.cli import keep_freed_memory
 from gfrnn.config import Settings, preset
 from gfrnn.nn import LanguageModel, build_language_model, gradients
 from gfrnn.runs import versions
+from hosts import Host, two_hosts
+from ranks import printed_by_first
 
 MODES = ("apart", "together")
 
@@ -185,50 +186,22 @@ def work(args: argparse.Namespace) -> None:
     os._exit(0)  # gloo's threads may abort a tear-down
 
 
-@contextlib.contextmanager
-def hosts(rate: str) -> Iterator[list[tuple[list[str], str, str]]]:
-    """(command prefix, interface, address of the first) of two hosts: network namespaces with a slow cable, or one."""
-    if rate == "0":
-        yield [([], "lo", "127.0.0.1")] * 2
-        return
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    names = [f"gfrnn{os.getpid()}{end}" for end in "ab"]
-    cable = [f"g{os.getpid()}{end}" for end in "ab"]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
-        for name, end, address in zip(names, cable, ("10.77.0.1", "10.77.0.2"), strict=True):
-            ip("link", "set", end, "netns", name)
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
-            ip("-n", name, "link", "set", end, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-            limit = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
-            subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", end, *limit], check=True)
-        yield [(["ip", "netns", "exec", name], end, "10.77.0.1") for name, end in zip(names, cable, strict=True)]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Both processes; what the first measured."""
-    with hosts(args.rate) as places:
+    here = contextlib.nullcontext([Host("", "127.0.0.1", "lo")] * 2)
+    with here if args.rate == "0" else two_hosts(args.rate) as hosts:
         processes = []
-        for rank, (prefix, interface, address) in enumerate(places):
+        for rank, host in enumerate(hosts):
             where = {
                 "RANK": rank,
                 "LOCAL_RANK": rank,
                 "WORLD_SIZE": 2,
-                "MASTER_ADDR": address,
+                "MASTER_ADDR": hosts[0].address,
                 "MASTER_PORT": args.port,
             }
-            names = {"GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": args.threads}
+            names = {"GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": args.threads}
             environment = os.environ | {name: str(value) for name, value in (where | names).items()}
-            command = [*prefix, sys.executable, *sys.argv, "--work"]
+            command = [*host.prefix, sys.executable, *sys.argv, "--work"]
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         found: dict[str, Any] = printed_by_first(processes)
     return found

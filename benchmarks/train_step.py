@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import FlashLSTM, Peer, gated_feedback, pair_loop, stack, stack_size
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +35,7 @@ from gfrnn.nn import GatedFeedbackRNN
 from gfrnn.runs import versions
 from gfrnn.training.flops import gemm_peak
 from gfrnn.training.memory import peak_resident, resident
+from peers import FlashLSTM, Peer, gated_feedback, pair_loop, stack, stack_size
 
 PARTS = ("forward", "backward", "optimizer")
 CAPTION = (

@@ -21,12 +21,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ranks import printed_by_first
 from rich.console import Console
 from rich.table import Table
 
 from gfrnn.runs import versions
 from gfrnn.scaling.volume import predicted, sent
+from ranks import printed_by_first
 
 ROOT = Path(__file__).parents[1]
 SLICES = {"use_multi_rank_bucket_allreduce": False}

@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import ROOT, environment
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import programs_compare
-
 from gfrnn.config import UserError, sizes
+from launch import ROOT, environment
 
 SCRIPT = ROOT / "benchmarks/programs_compare.py"
 SMALL = [

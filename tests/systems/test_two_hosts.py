@@ -14,70 +14,50 @@ from pathlib import Path
 import pytest
 from slurm_cluster import lines, missing, wait
 
+from hosts import Host, two_hosts
 from launch import ROOT, SMALL, losses, metrics, start_ranks, summary, train
 
 UPDATES = 300
 FLAGS = [*SMALL, *f"--max-updates {UPDATES} --checkpoint-every 20 --valid-every 100".split()]
 FLAGS += ["--no-layer-norm"]  # for losses that are the same: see test_slurm.py
-HOSTS = [f"gfrnn{os.getpid()}{end}" for end in "ab"]
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-def cable(state: str) -> None:
-    """up or down."""
-    ip("-n", HOSTS[0], "link", "set", "eth0", state)
 
 
 @pytest.fixture
-def _hosts() -> Iterator[None]:
-    """Network namespaces, 10.78.0.1 and .2; that a name stands for neither is part of it."""
+def hosts() -> Iterator[list[Host]]:
+    """That a name stands for neither is part of it."""
     if os.geteuid() != 0 or missing(["ip"]):
         assert not os.environ.get("GFRNN_CI"), "network namespaces need root and ip"
         pytest.skip("network namespaces need root and ip")
-    try:
-        for host in HOSTS:
-            ip("netns", "add", host)
-        ip("link", "add", "eth0", "netns", HOSTS[0], "type", "veth", "peer", "name", "eth0", "netns", HOSTS[1])
-        for number, host in enumerate(HOSTS, 1):
-            ip("-n", host, "addr", "add", f"10.78.0.{number}/24", "dev", "eth0")
-            ip("-n", host, "link", "set", "eth0", "up")
-            ip("-n", host, "link", "set", "lo", "up")
-        yield
-    finally:
-        for host in HOSTS:
-            subprocess.run(["ip", "netns", "del", host], check=False, stderr=subprocess.DEVNULL)
+    with two_hosts(network="10.78.0") as found:
+        yield found
 
 
-def start(run: Path, *flags: str) -> list[subprocess.Popen[str]]:
+def start(hosts: list[Host], run: Path, *flags: str) -> list[subprocess.Popen[str]]:
     """A rank a host."""
     return start_ranks(
         [ROOT / "src/train.py", *FLAGS, "--output-dir", run, *flags],
         2,
-        extra=lambda rank: {"MASTER_ADDR": "10.78.0.1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"},
-        where=lambda rank: ["ip", "netns", "exec", HOSTS[rank]],
+        extra=lambda rank: {"MASTER_ADDR": hosts[0].address, "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"},
+        where=lambda rank: hosts[rank].prefix,
     )
 
 
-@pytest.mark.usefixtures("_hosts")
-def test_a_cable_is_pulled_and_put_back(tmp_path: Path) -> None:
+def test_a_cable_is_pulled_and_put_back(hosts: list[Host], tmp_path: Path) -> None:
     """For a moment: nothing is lost. For longer than a collective may take: both ends say so, and then it goes on."""
     alone, run = tmp_path / "alone", tmp_path / "run"
     status, _, err = train(alone, FLAGS)
     assert status == 0, err
 
-    ranks = start(run, "--collective-timeout", "0.1")
+    ranks = start(hosts, run, "--collective-timeout", "0.1")
     wait(lambda: lines(run) >= 30, 60)
-    cable("down")
+    hosts[0].ip("link", "set", "eth0", "down")
     before = lines(run)
     time.sleep(3)
     assert lines(run) <= before + 2
-    cable("up")
+    hosts[0].ip("link", "set", "eth0", "up")
     wait(lambda: lines(run) > before + 10, 30)
 
-    cable("down")
+    hosts[0].ip("link", "set", "eth0", "down")
     began = time.monotonic()
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert time.monotonic() - began < 20
@@ -85,16 +65,15 @@ def test_a_cable_is_pulled_and_put_back(tmp_path: Path) -> None:
     for words in said:
         assert "failed: another process gives no sign" in words
         assert "Traceback" not in words
-    cable("up")
+    hosts[0].ip("link", "set", "eth0", "up")
 
-    said = [rank.communicate(timeout=120)[1] for rank in start(run)]
+    said = [rank.communicate(timeout=120)[1] for rank in start(hosts, run)]
     assert "resumed at update " in said[0]
     assert summary(run)["finished"]
     assert [line["step"] for line in metrics(run) if "train_bpc" in line] == list(range(1, UPDATES + 1))
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
 
 
-@pytest.mark.usefixtures("_hosts")
 @pytest.mark.parametrize(
     ("name", "number"),
     [
@@ -105,10 +84,10 @@ def test_a_cable_is_pulled_and_put_back(tmp_path: Path) -> None:
         ("nowhere", "10.78.0.1"),
     ],
 )
-def test_a_node_is_known_by_a_number(name: str, number: str, tmp_path: Path) -> None:
+def test_a_node_is_known_by_a_number(name: str, number: str, hosts: list[Host], tmp_path: Path) -> None:
     """slurm/address.sh on the first host, where the second's name is known."""
     names = tmp_path / "hosts"
     names.write_text("127.0.0.1 localhost\n10.78.0.1 known\n127.0.1.1 loopback\n10.78.0.2 second\n")
     script = 'mount --bind "$1" /etc/hosts && . slurm/address.sh && number_of "$2" second'
-    command = ["ip", "netns", "exec", HOSTS[0], "bash", "-euo", "pipefail", "-c", script, "bash", names, name]
+    command = [*hosts[0].prefix, "bash", "-euo", "pipefail", "-c", script, "bash", names, name]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == f"{number}\n"

@@ -1,0 +1,204 @@
+"""A scaling study over two hosts whose cable is slower in turn, 10 Gbit/s to 100 Mbit/s, and whether the models hold.
+
+    sudo python benchmarks/study_links.py runs/links                     # measures what is not done yet, then checks
+    sudo python benchmarks/study_links.py runs/links --json links.json
+    python src/study.py report --tracking-uris sqlite:///runs/links/mlflow.db --preset demo
+
+Each rate is a study of its own (runs/links/1gbit, as study.py has them), all in one MLflow experiment; the hosts are
+network namespaces with a process each, of one thread. Then groups are held out: a rate, the ZeRO configs 1 and 2, the
+largest rows. What is predicted of a group comes from the others' points; of a rate's network, from collectives
+that are timed on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gfrnn.runs import versions
+from gfrnn.scaling import network_fit
+from gfrnn.scaling.folder import Result, StudyFolder
+from gfrnn.scaling.grid import Grid, How, expand
+from gfrnn.scaling.model import Model
+from gfrnn.scaling.network import GLOO
+from gfrnn.scaling.prediction import Residual, fit, residuals
+from gfrnn.scaling.records import Measurement, Timed
+from gfrnn.scaling.report import ds_config_of
+from gfrnn.training.network import free_port
+from hosts import two_hosts
+
+STUDY = Path(__file__).parents[1] / "src/study.py"
+Results = dict[str, list[Result]]
+
+
+def measure(folder: Path, rate: str, args: argparse.Namespace) -> list[Result]:
+    """The study of one rate; points that are done are not run again."""
+    how = How(
+        warm_up=3,
+        updates=args.updates,
+        repeats=args.repeats,
+        sweep_seconds=args.sweep_seconds,
+        network=rate,
+        threads=1,
+    )
+    grid = Grid(
+        presets=(args.preset,),
+        ds_configs=tuple(args.ds_configs),
+        world_sizes=(2,),
+        nodes=(2,),
+        rows=tuple(args.rows),
+    )
+    alone = dataclasses.replace(grid, world_sizes=(1,), nodes=(1,), ds_configs=("z0", "z2"))
+    study = StudyFolder(folder / rate)
+    study.begin([*expand(alone, how), *expand(grid, how)], how)
+    with two_hosts(rate) as hosts:
+        for number, point in enumerate(study.points, 1):
+            if study.result(point) is not None:
+                continue
+            group = {"WORLD_SIZE": point.world_size, "MASTER_ADDR": hosts[0].address, "MASTER_PORT": free_port()}
+            said = study.of(point) / "said.txt"
+            said.parent.mkdir(parents=True, exist_ok=True)
+            with said.open("w") as f:
+                processes = [
+                    subprocess.Popen(
+                        [*host.prefix, sys.executable, STUDY, "measure", study.path, str(number)],
+                        env=os.environ
+                        | {name: str(value) for name, value in group.items()}
+                        | {"RANK": str(rank), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+                        stdout=f,
+                        stderr=f,
+                    )
+                    for rank, host in enumerate(hosts[: point.world_size])
+                ]
+                status = max(abs(process.wait()) for process in processes)
+            collect = [
+                sys.executable,
+                STUDY,
+                "collect",
+                study.path,
+                str(number),
+                "--status",
+                str(status),
+                "--said",
+                said,
+            ]
+            environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder.absolute()}/mlflow.db"}
+            subprocess.run(collect, check=True, env=environment)
+    found = [study.result(point) for point in study.points]
+    return [each for each in found if each is not None and not each.measurement.failed]
+
+
+# ------------------------------------------------------------------------------------------------------- held out
+
+
+def model_of(results: Sequence[Result]) -> Model:
+    """Of one rate's points."""
+    return fit([each.measurement for each in results], sweep_of(results), ds_config_of)
+
+
+def sweep_of(results: Sequence[Result]) -> list[Timed]:
+    return [timed for each in results for timed in each.sweep]
+
+
+def rates(found: Results) -> dict[str, list[Residual]]:
+    """Each rate from the others: how fast processes compute, and what they wait for of a second of communication."""
+    checked = {}
+    for held, results in found.items():
+        others = [model_of(other) for rate, other in found.items() if rate != held]
+        near = others[0]
+        configs = {name for model in others for name in model.exposed}
+        exposed = {name: statistics.fmean(m.exposed[name] for m in others if name in m.exposed) for name in configs}
+        network = network_fit.fit(sweep_of(results), GLOO)
+        checked[held] = check(dataclasses.replace(near, network=network, exposed=exposed), results)
+    return checked
+
+
+def within(found: Results, held: Callable[[Measurement], bool]) -> dict[str, list[Residual]]:
+    """At each rate, points that are held out from those that are not."""
+    checked = {}
+    for rate, results in found.items():
+        rest = [each for each in results if not held(each.measurement)]
+        if not rest or len(rest) == len(results):
+            continue
+        model = fit([each.measurement for each in rest], sweep_of(rest), ds_config_of)
+        checked[rate] = check(model, [each for each in results if held(each.measurement)])
+    return checked
+
+
+def check(model: Model, results: Sequence[Result]) -> list[Residual]:
+    """Predictions with no figure of the points' own."""
+    blind = [dataclasses.replace(each.measurement, peak_flops=0.0) for each in results]
+    return residuals(model, blind, ds_config_of)
+
+
+def groups(found: Results) -> dict[str, dict[str, list[Residual]]]:
+    largest = max(each.measurement.point.rows for results in found.values() for each in results)
+    return {
+        "a rate, from the other two": rates(found),
+        "z1 and z2 on two hosts, from the rest": within(found, is_in_between),
+        "the most rows, from fewer": within(found, lambda each: each.point.rows == largest),
+    }
+
+
+def is_in_between(each: Measurement) -> bool:
+    return each.point.ds_config in ("z1", "z2") and each.point.world_size > 1
+
+
+def off(found: Results) -> float:
+    """Most that theory's bytes are off those counted."""
+    several = [e.measurement for results in found.values() for e in results if e.measurement.point.world_size > 1]
+    return max(abs(sum(each.predicted_bytes.values()) / sum(each.bytes.values()) - 1) for each in several)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rates", nargs="+", default=["10gbit", "1gbit", "100mbit"])
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--ds-configs", nargs="+", default=["z0", "z1", "z2", "z3"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sweep-seconds", type=float, default=2.0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found = {rate: measure(args.folder, rate, args) for rate in args.rates}
+    table = Table(title="Held out", caption=f"bytes: theory is {off(found):.2%} off those counted at most")
+    for column in ("what", "rate", "points", "median error", "worst", "inside 90 %"):
+        table.add_column(column, justify="left" if column in ("what", "rate") else "right")
+    kept: dict[str, Any] = {}
+    for what, by_rate in groups(found).items():
+        for rate, checked in by_rate.items():
+            errors = [abs(each.error) for each in checked]
+            row = [f"{statistics.median(errors):.1%}", f"{max(errors):.1%}", str(sum(each.inside for each in checked))]
+            table.add_row(what, rate, str(len(checked)), *row)
+            kept.setdefault(what, {})[rate] = [
+                {
+                    "point": each.measurement.point.name,
+                    "measured_s": each.measurement.step_seconds,
+                    "predicted_s": each.prediction.step_seconds,
+                    "error": each.error,
+                }
+                for each in checked
+            ]
+        table.add_section()
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if args.json is not None:
+        about = {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "bytes_off": off(found)}
+        args.json.write_text(json.dumps({"about": about, "held_out": kept}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
