@@ -60,7 +60,7 @@ def measure(folder: Path, rate: str, args: argparse.Namespace) -> list[Result]:
         nodes=(2,),
         rows=tuple(args.rows),
     )
-    alone = dataclasses.replace(grid, world_sizes=(1,), nodes=(1,), ds_configs=("z0", "z2"))
+    alone = dataclasses.replace(grid, world_sizes=(1,), nodes=(1,), ds_configs=("z0",))
     study = StudyFolder(folder / rate)
     study.begin([*expand(alone, how), *expand(grid, how)], how)
     with two_hosts(rate) as hosts:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# on_node.sh preflight|training PORT PYTHON... PROGRAM...: what srun starts for each task, from its SLURM variables.
+# on_node.sh preflight|training|measure PORT PYTHON... PROGRAM...: what srun starts for each task, from its SLURM variables.
 #
 #   preflight   a process a node; with a GPU of its own for each task, a process for each of these
+#   measure     a process a task
 #   training    with a task a node: the DeepSpeed launcher, which starts the node's ranks; with a task a GPU: a rank
 set -euo pipefail
 what=$1 MASTER_PORT=$2

@@ -1,4 +1,4 @@
-"""python src/study.py plan|run: what a study of scaling would take, and its measurements."""
+"""python src/study.py plan|run|report: what a study of scaling would take, its measurements, and what they say."""
 
 from gfrnn.scaling.main import main
 

@@ -97,7 +97,7 @@ def test_it_says_from_where_on_more_are_not_worth_it(made: report.Report) -> Non
     beyond = [line for line in made.conclusions if "strong scaling" in line and "beyond" in line]
     assert beyond
     for line in beyond:
-        number = re.search(r"beyond (\d+) processes", line)
+        number = re.search(r"beyond (\d+) process", line)
         share = re.search(r"\((\d+)% at (\d+)\)", line)
         assert number is not None
         assert share is not None

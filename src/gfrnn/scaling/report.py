@@ -123,7 +123,7 @@ def _order(point: Point) -> tuple[Any, ...]:
 
 def _shape(point: Point) -> str:
     on = f" on {point.nodes} nodes" if point.nodes > 1 else ""
-    return f"{point.world_size} process{'es' * (point.world_size > 1)}{on}, {point.rows} rows"
+    return f"{_processes(point.world_size)}{on}, {point.rows} rows"
 
 
 def _names(measurements: Sequence[Measurement]) -> list[str]:
@@ -444,13 +444,21 @@ def _beyond(name: str, kind: str, found: Sequence[Prediction]) -> str:
     last = good[-1]
     what = f"On {name}, {kind} scaling ({found[0].point.rows} rows{' a process' * (kind == 'weak')})"
     if last is found[-1]:
-        return f"{what} keeps {last.efficiency:.0%} efficiency up to {last.point.world_size} processes."
+        return f"{what} keeps {last.efficiency:.0%} efficiency up to {_processes(last.point.world_size)}."
     after = found[found.index(last) + 1]
     largest = max(after.parts, key=lambda part: after.parts[part])
     return (
-        f"{what}: beyond {last.point.world_size} processes efficiency falls below 50 % "
-        f"({after.efficiency:.0%} at {after.point.world_size}); {largest} takes most of an update there."
+        f"{what}: beyond {_processes(last.point.world_size)} efficiency falls below 50 % "
+        f"({after.efficiency:.0%} at {after.point.world_size}); {_IN_WORDS.get(largest, largest)} takes most of an "
+        "update there."
     )
+
+
+_IN_WORDS = {"other": "what each update costs, however small,"}
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count > 1)}"
 
 
 def _price(name: str, clusters: Sequence[Cluster]) -> float | None:
