@@ -121,6 +121,8 @@ def test_a_point_that_failed_is_shown_with_its_reason() -> None:
     failed = dataclasses.replace(measurements[-1], failed="out of memory: 3 of 2 GB")
     made = report.make([*measurements[:-1], failed], timed)
     assert section(made, "Points without figures").rows[0][-1] == "out of memory: 3 of 2 GB"
+    again = report.make([failed, *measurements], timed)  # --again
+    assert all(each.title != "Points without figures" for each in again.sections)
 
 
 def test_what_less_on_the_wire_costs() -> None:

@@ -110,7 +110,8 @@ def make(
     _learning(report, ran)
     _fits(report, ran, sweep, models)
     _outlook(report, ran, models, clusters, target)
-    failed = [each for each in measurements if each.failed]
+    done = {(each.point, each.machine.network) for each in ran}
+    failed = [each for each in measurements if each.failed and (each.point, each.machine.network) not in done]
     if failed:
         rows = [[setting(each), _shape(each.point), each.failed] for each in failed]
         report.sections.append(Section("Points without figures", header=["setting", "shape", "why"], rows=rows))
