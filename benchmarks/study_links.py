@@ -113,16 +113,31 @@ def sweep_of(results: Sequence[Result]) -> list[Timed]:
 
 
 def rates(found: Results) -> dict[str, list[Residual]]:
-    """Each rate from the others: how fast processes compute, and what they wait for of a second of communication."""
+    """Each rate from the others: how fast processes compute, and what they wait for beyond the network."""
     checked = {}
     for held, results in found.items():
-        others = [model_of(other) for rate, other in found.items() if rate != held]
-        near = others[0]
-        configs = {name for model in others for name in model.exposed}
-        exposed = {name: statistics.fmean(m.exposed[name] for m in others if name in m.exposed) for name in configs}
+        rest = [other for rate, other in found.items() if rate != held]
+        others = [model_of(other) for other in rest]
+        pooled = [  # what processes compute does not depend on the network
+            dataclasses.replace(each.measurement, machine=dataclasses.replace(each.measurement.machine, network=""))
+            for other in rest
+            for each in other
+        ]
         network = network_fit.fit(sweep_of(results), GLOO)
-        checked[held] = check(dataclasses.replace(near, network=network, exposed=exposed), results)
+        model = dataclasses.replace(
+            fit(pooled, sweep_of(rest[0]), ds_config_of),
+            network=network,
+            layouts=network_fit.fit_layouts(sweep_of(results), network, GLOO),
+            exposed=mean([model.exposed for model in others]),
+            copying=mean([model.copying for model in others]),
+        )
+        checked[held] = check(model, results)
     return checked
+
+
+def mean(several: Sequence[dict[str, float]]) -> dict[str, float]:
+    """By key."""
+    return {key: statistics.fmean(each[key] for each in several) for key in several[0]}
 
 
 def within(found: Results, held: Callable[[Measurement], bool]) -> dict[str, list[Residual]]:

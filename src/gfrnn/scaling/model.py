@@ -1,12 +1,13 @@
 """An update's time, predicted: what a process computes, what it waits for, and how sure both are.
 
     step           forward + backward + communication + optimizer + other
-    communication  exposed * (the network's seconds for the update's messages) + stragglers
+    communication  exposed * (the network's seconds for the update's messages) + copying * their bytes + stragglers
     stragglers     s E(W) (what a process computes): processes differ by s, relative, and the slowest of W normal ones
                    lies E(W) standard deviations above the mean, Phi^-1((W - 0.375) / (W + 0.25)) (Blom 1958)
 
 `exposed` is what is waited for of a second of communication: 1 where nothing is hidden behind the computation, as with
-DeepSpeed on gloo, whose calls wait; less than 1 where something is.
+DeepSpeed on gloo, whose calls wait; less than 1 where something is. `copying` is what a collective in training takes
+beyond one that is timed alone, cold caches and tensors laid end to end: seconds a byte, whatever the network.
 
 Intervals hold 90 %. Their width has four sources: the constants' covariances (which extrapolate: a latency counts W
 times), errors of the points that were measured, what a configuration's waiting differs by, and what no fit knows, that
@@ -99,6 +100,9 @@ class Model:
     exposed: dict[str, float] = field(default_factory=dict)
     """By Point.ds_config."""
     exposed_elsewhere: float = 1.0
+    copying: dict[str, float] = field(default_factory=dict)
+    """Seconds a byte, by Point.ds_config."""
+    copying_elsewhere: float = 0.0
     exposed_deviation: float = 0.0
     """Relative standard deviation of the communication that is waited for."""
     straggling: float = 0.0
@@ -236,13 +240,14 @@ class Model:
             network = self.network_at(point)
             seconds = network.total(sent, point.world_size, point.nodes)
             exposed = self.exposed.get(point.ds_config, self.exposed_elsewhere)
+            copying = self.copying.get(point.ds_config, self.copying_elsewhere) * size_of(sent)
             stragglers = self.straggling * slowest(point.world_size) * computed
             waited = math.hypot(
                 exposed * network.deviation(sent, point.world_size, point.nodes),
-                self.exposed_deviation * exposed * seconds,
+                self.exposed_deviation * (exposed * seconds + copying),
                 _STRAGGLERS_DEVIATION * stragglers,
             )
-            parts["communication"] = exposed * seconds + stragglers
+            parts["communication"] = exposed * seconds + copying + stragglers
         else:
             parts["communication"] = 0.0
         terms = {name: load.terms(part.terms) for name, part in compute.parts.items()}
@@ -268,6 +273,11 @@ def messages_of(point: Point, ds_config: dict[str, Any], parameters: tuple[int, 
     elif point.compression != "none":
         raise ValueError(f"no theory of what {point.compression} sends; give predict what is sent")
     return messages(ds_config, parameters, point.world_size)
+
+
+def size_of(sent: list[Message]) -> float:
+    """Bytes of whole messages."""
+    return sum(message.bytes * message.calls for message in sent)
 
 
 def slowest(world_size: int) -> float:

@@ -16,7 +16,7 @@ from gfrnn.scaling import compute as computing
 from gfrnn.scaling import network_fit
 from gfrnn.scaling.compute import Compute
 from gfrnn.scaling.messages import parameter_elements
-from gfrnn.scaling.model import THEORY, Model, messages_of, slowest
+from gfrnn.scaling.model import THEORY, Model, messages_of, size_of, slowest
 from gfrnn.scaling.network import GLOO, NCCL
 from gfrnn.scaling.records import Measurement, Point, Timed
 
@@ -95,8 +95,8 @@ def _straggling(used: Sequence[Measurement]) -> float:
 
 
 def _with_exposed(model: Model, used: Sequence[Measurement], ds_config_of: Configs) -> Model:
-    """With what is waited for of a second of communication, stragglers taken off, the median by configuration."""
-    ratios: dict[str, list[float]] = defaultdict(list)
+    """With what is waited for of a second of communication, and beyond it, stragglers taken off; medians by config."""
+    waits: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for each in used:
         point = each.point
         if model.network is None or point.world_size == 1:
@@ -106,18 +106,32 @@ def _with_exposed(model: Model, used: Sequence[Measurement], ds_config_of: Confi
         computed = sum(each.parts.values()) - each.parts["communication"]
         stragglers = model.straggling * slowest(point.world_size) * computed
         seconds = model.network_at(point).total(sent, point.world_size, point.nodes)
-        ratios[point.ds_config].append(max(0.0, each.parts["communication"] - stragglers) / seconds)
-    if not ratios:
+        waits[point.ds_config].append((max(0.0, each.parts["communication"] - stragglers), seconds, size_of(sent)))
+    if not waits:
         return model
-    exposed = {name: statistics.median(found) for name, found in ratios.items()}
-    rest = [ratio / exposed[name] - 1 for name, found in ratios.items() if exposed[name] for ratio in found]
+    exposed = {
+        name: min(1.0, statistics.median(wait / seconds for wait, seconds, _ in own)) for name, own in waits.items()
+    }
+    copying = {
+        name: max(0.0, statistics.median((wait - seconds) / size for wait, seconds, size in own))
+        for name, own in waits.items()
+    }
+    rest = []
+    for name, own in waits.items():
+        for wait, seconds, size in own:
+            predicted = exposed[name] * seconds + copying[name] * size
+            rest += [wait / predicted - 1] * (predicted > 0)
     spare = len(rest) - len(exposed)
     deviation = math.sqrt(sum(each**2 for each in rest) / spare) if spare > 1 else _FEW
-    elsewhere = statistics.median(exposed.values())
     # of the median of n points; how much a single one differs is part of the spread
-    fewest = min(len(found) for found in ratios.values())
+    fewest = min(len(own) for own in waits.values())
     return dataclasses.replace(
-        model, exposed=exposed, exposed_elsewhere=elsewhere, exposed_deviation=deviation / math.sqrt(fewest)
+        model,
+        exposed=exposed,
+        exposed_elsewhere=statistics.median(exposed.values()),
+        copying=copying,
+        copying_elsewhere=statistics.median(copying.values()),
+        exposed_deviation=deviation / math.sqrt(fewest),
     )
 
 

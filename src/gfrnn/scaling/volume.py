@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from gfrnn.config import Settings
-from gfrnn.training.compression import largest, low_rank
 from gfrnn.training.ds_config import stage_of
 
 _PERSISTENT = 10**5  # elements up to which stage 3 keeps a parameter whole, by default
@@ -68,6 +67,8 @@ def predicted(
 def _compressed(
     settings: Settings, parameters: Sequence[int], shapes: Sequence[Sequence[int]], world_size: int
 ) -> dict[str, int]:
+    from gfrnn.training.compression import largest, low_rank  # torch, which a prediction does without
+
     c, o = settings.communication, settings.optimization
     if c.compression == "topk":
         return {"all_gather": 8 * largest(sum(parameters), c.compression_share) * world_size}
@@ -86,6 +87,7 @@ def sent(messages: dict[str, int], world_size: int) -> float:
 
     A reduce is one of many, each to another owner, so a process has all but its own share to send.
     """
+
     once = (world_size - 1) / world_size
     passes = {"all_reduce": 2.0}
     return sum(passes.get(kind, 1.0) * once * size for kind, size in messages.items())
