@@ -87,7 +87,6 @@ def sent(messages: dict[str, int], world_size: int) -> float:
 
     A reduce is one of many, each to another owner, so a process has all but its own share to send.
     """
-
     once = (world_size - 1) / world_size
     passes = {"all_reduce": 2.0}
     return sum(passes.get(kind, 1.0) * once * size for kind, size in messages.items())
