@@ -81,6 +81,20 @@ def test_what_is_hidden_is_found_by_configuration() -> None:
     assert found.exposed["z2"] == pytest.approx(0.3, rel=0.02)
 
 
+def test_what_collectives_cost_beyond_the_network_is_found() -> None:
+    """The same whatever the network: it does not grow with a slower one, as a share of its seconds would."""
+    model = truth(copying={"z0": 3e-9, "z2": 8e-9})
+    found = fit([measured(model, point) for point in POINTS], sweep(), ds_config_of)
+    assert found.exposed == {"z0": 1.0, "z2": 1.0}
+    assert found.copying["z0"] == pytest.approx(3e-9, rel=0.1)
+    assert found.copying["z2"] == pytest.approx(8e-9, rel=0.1)
+    point = dataclasses.replace(POINTS[3], world_size=16, nodes=16, rows=128)
+    slow = dataclasses.replace(NETWORK, inter=Link(600e-6, 0.011e9))
+    expected = dataclasses.replace(model, network=slow).predict(point, ds_config_of(point)).step_seconds
+    predicted = dataclasses.replace(found, network=slow, layouts={}).predict(point, ds_config_of(point)).step_seconds
+    assert predicted == pytest.approx(expected, rel=0.02)
+
+
 def test_stragglers_are_found() -> None:
     """Processes that differ by 5 %: most of what is waited for in a node is the slowest one."""
     uneven = truth(straggling=0.05)
