@@ -27,6 +27,7 @@ def test_strong_and_weak() -> None:
         measured(1, 8, 2.0, ds_config="z3"),
     ]
     (strong,) = curves(found, "strong")
+    assert strong.points[0].measurement is found[1]
     assert strong.name == "8 rows, gf-lstm-5x700 z0 fp32 T 10 cpu"
     assert [point.world_size for point in strong.points] == [1, 2, 4]
     assert [point.efficiency for point in strong.points] == pytest.approx([1, 1 / 1.2, 0.5])
@@ -34,6 +35,14 @@ def test_strong_and_weak() -> None:
     (weak,) = curves(found, "weak")
     assert weak.name.startswith("8 rows a process")
     assert [point.efficiency for point in weak.points] == pytest.approx([1, 0.8])
+
+
+def test_alone_all_configs_are_the_same() -> None:
+    found = [measured(1, 8, 1.0), measured(2, 8, 0.6), measured(2, 8, 0.8, ds_config="z2"), measured(2, 4, 1.0)]
+    z0, z2 = curves(found, "strong")
+    assert [point.efficiency for point in z0.points] == pytest.approx([1, 1 / 1.2])
+    assert [point.efficiency for point in z2.points] == pytest.approx([1, 1 / 1.6])
+    assert " z2 " in z2.name
 
 
 def test_one_node_and_several_are_told_apart() -> None:

@@ -42,26 +42,39 @@ class Curve(NamedTuple):
 def curves(measurements: Sequence[Measurement], scaling: Scaling) -> list[Curve]:
     """Of two points and more; those that failed are left out.
 
-    Processes of one node and processes of several make curves of their own, both from one process on.
+    Processes of one node and processes of several make curves of their own, both from one process on: of another config
+    where this has none, as alone all do the same.
     """
     groups: dict[str, list[Measurement]] = defaultdict(list)
+    alone: dict[str, Measurement] = {}
     ran = [measurement for measurement in measurements if not measurement.failed]
     several = any(measurement.point.nodes > 1 for measurement in ran)
     for measurement in ran:
-        name, point = f"{_ROWS[scaling](measurement.point)}, {setting(measurement)}", measurement.point
+        point = measurement.point
+        name = f"{_ROWS[scaling](point)}, {setting(measurement)}"
+        if point.world_size == 1:
+            alone.setdefault(_but_config(name, point), measurement)
         if point.nodes == 1:
             groups[name].append(measurement)
         if several and (point.nodes > 1 or point.world_size == 1):
             groups[f"across nodes, {name}"].append(measurement)
     found = []
     for name, group in groups.items():
+        base = alone.get(_but_config(name.removeprefix("across nodes, "), group[0].point))
+        if base is not None and all(measurement.point.world_size > 1 for measurement in group):
+            group.append(base)
         group.sort(key=lambda measurement: (measurement.point.world_size, measurement.point.nodes))
         first = group[0]
-        alone = first.characters_per_second / first.point.world_size
-        points = tuple(On(measurement, alone * measurement.point.world_size) for measurement in group)
+        each = first.characters_per_second / first.point.world_size
+        points = tuple(On(measurement, each * measurement.point.world_size) for measurement in group)
         if len({point.world_size for point in points}) > 1:
             found.append(Curve(name, points))
     return found
+
+
+def _but_config(name: str, point: Point) -> str:
+    """A curve's name without what does not matter to one process."""
+    return name.replace(f" {point.ds_config} ", " ").replace(f" {point.compression} ", " ")
 
 
 def setting(measurement: Measurement) -> str:

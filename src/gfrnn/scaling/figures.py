@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT = 9.0, 3.6  # inches
-_MOST_LABELS = 10  # in a legend
+_MOST_LABELS = 24  # in a legend
 _COLOURS = {
     "forward": "#4477aa",
     "backward": "#66ccee",
@@ -55,10 +55,13 @@ def _percent(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
 
 
-def _legend(axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below, in two columns."""
     handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        axes.legend(handles[:_MOST_LABELS], labels[:_MOST_LABELS], fontsize="x-small", frameon=False)
+    handles, labels = handles[:_MOST_LABELS], labels[:_MOST_LABELS]
+    rows = math.ceil(len(labels) / 2)
+    figure.set_figheight(_HEIGHT + 0.17 * rows)
+    figure.legend(handles, labels, loc="outside lower left", ncols=2, fontsize="x-small", frameon=False)
 
 
 def scaling(curves: Sequence[Curve], common: str) -> Figure:
@@ -80,7 +83,7 @@ def scaling(curves: Sequence[Curve], common: str) -> Figure:
     _percent(efficiency, "of ideal")
     _processes(speed)
     _processes(efficiency)
-    _legend(speed)
+    _legend(figure, speed)
     return figure
 
 
@@ -127,7 +130,7 @@ def communication(measurements: Sequence[Measurement], names: Sequence[str]) -> 
 
 def _bars(axes: Axes, names: Sequence[str], label: str) -> None:
     axes.set_yticks(range(len(names)), names, fontsize="x-small")
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(label)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gfrnn.config import UserError
 from gfrnn.scaling import figures
 from gfrnn.scaling.clusters import Cluster
-from gfrnn.scaling.curves import Curve, curves, setting
+from gfrnn.scaling.curves import Curve, On, curves, setting
 from gfrnn.scaling.grid import How, prepared
 from gfrnn.scaling.prediction import (
     HeldOut,
@@ -187,14 +187,27 @@ def _scaling(report: Report, ran: Sequence[Measurement]) -> None:
                 spread = (each.step_seconds_high - each.step_seconds_low) / each.step_seconds
                 speed, shape = f"{each.characters_per_second:,.0f}", str(on.world_size)
                 section.rows.append([curve.name, shape, speed, f"{on.efficiency:.0%}", f"{spread:.1%}"])
-        last = max((curve.points[-1] for curve in found), key=lambda on: (on.world_size, on.efficiency))
-        worst = min((curve.points[-1] for curve in found), key=lambda on: (-on.world_size, on.efficiency))
-        same = "the rows fixed" if kind == "strong" else "the rows of each fixed"
-        report.conclusions.append(
-            f"{title}, {same}: {last.world_size} processes reach {worst.efficiency:.0%} to {last.efficiency:.0%} of "
-            f"{last.world_size} times the first ({last.measurement.point.ds_config} is best)."
-        )
+        for machine in dict.fromkeys(curve.points[-1].measurement.machine for curve in found):
+            ends = [curve.points[-1] for curve in found if curve.points[-1].measurement.machine == machine]
+            report.conclusions.append(_reached(title, kind, machine, ends))
         report.sections.append(section)
+
+
+def _reached(title: str, kind: str, machine: Machine, ends: Sequence[On]) -> str:
+    most = max(on.world_size for on in ends)
+    ends = sorted((on for on in ends if on.world_size == most), key=lambda on: on.efficiency)
+    where = f" on {machine.network}" if machine.network else ""
+    same = "the rows fixed" if kind == "strong" else "the rows of each fixed"
+    low, high = ends[0], ends[-1]
+    return (
+        f"{title}{where}, {same}: {most} processes reach {low.efficiency:.0%} ({_point(low)}) to {high.efficiency:.0%} "
+        f"({_point(high)}) of {most} times one."
+    )
+
+
+def _point(on: On) -> str:
+    point = on.measurement.point
+    return f"{point.ds_config}{_with(point)}, {point.rows} rows"
 
 
 def _common(found: Sequence[Curve]) -> str:
