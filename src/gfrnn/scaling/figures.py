@@ -13,10 +13,11 @@ from gfrnn.scaling.target import Outlook
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT = 9.0, 3.6  # inches
-_MOST_LABELS = 24  # in a legend
+MOST_LABELS = 24  # in a legend
 _COLOURS = {
     "forward": "#4477aa",
     "backward": "#66ccee",
@@ -48,6 +49,15 @@ def _processes(axes: Axes, what: str = "processes") -> None:
     axes.set_xlabel(what)
 
 
+def _logarithmic(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of each decade, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
 def _percent(axes: Axes, label: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
@@ -58,7 +68,7 @@ def _percent(axes: Axes, label: str) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     """Below, in two columns."""
     handles, labels = axes.get_legend_handles_labels()
-    handles, labels = handles[:_MOST_LABELS], labels[:_MOST_LABELS]
+    handles, labels = handles[:MOST_LABELS], labels[:MOST_LABELS]
     rows = math.ceil(len(labels) / 2)
     figure.set_figheight(_HEIGHT + 0.17 * rows)
     figure.legend(handles, labels, loc="outside lower left", ncols=2, fontsize="x-small", frameon=False)
@@ -148,6 +158,8 @@ def fit(residuals: Sequence[Residual]) -> Figure:
     errors.axhline(0.0, linestyle="--", color="grey")
     errors.plot(measured, [each.error for each in residuals], "o", markersize=4, color="#4477aa")
     errors.set(xscale="log", xlabel="measured, s")
+    for axis in (both.xaxis, both.yaxis, errors.xaxis):
+        _logarithmic(axis)
     largest = max(0.05, *(abs(each.error) for each in residuals))
     errors.set_ylim(-1.15 * largest, 1.15 * largest)
     _percent(errors, "predicted / measured - 1")

@@ -181,6 +181,8 @@ def _scaling(report: Report, ran: Sequence[Measurement]) -> None:
             report.sections.append(section)
             continue
         section.figure = figures.scaling(found, _common(found))
+        if len(found) > figures.MOST_LABELS:
+            section.text.append(f"Of {len(found)} curves the first {figures.MOST_LABELS} are named; the table has all.")
         for curve in found:
             for on in curve.points:
                 each = on.measurement
