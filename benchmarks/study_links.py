@@ -35,7 +35,7 @@ from gfrnn.scaling.model import Model
 from gfrnn.scaling.network import GLOO
 from gfrnn.scaling.prediction import Residual, fit, residuals
 from gfrnn.scaling.records import Measurement, Timed
-from gfrnn.scaling.report import ds_config_of
+from gfrnn.scaling.report_predicted import ds_config_of
 from gfrnn.training.network import free_port
 from hosts import two_hosts
 

@@ -11,13 +11,14 @@ import pytest
 from synthetic import MACHINE, POINTS, ds_config_of, measured, sweep, truth
 
 from gfrnn.config import UserError
-from gfrnn.scaling import report
 from gfrnn.scaling.clusters import load_cluster
+from gfrnn.scaling.page import Report, Section, write
 from gfrnn.scaling.prediction import fit
 from gfrnn.scaling.records import Machine, Measurement, Timed
-from gfrnn.scaling.target import Reference
+from gfrnn.scaling.report import make
+from gfrnn.scaling.target import Reference, Target
 
-TARGET = report.Target(1.9, Reference(10_000, 2000), critical=200_000)
+TARGET = Target(1.9, Reference(10_000, 2000), critical=200_000)
 
 
 def study(machine: Machine = MACHINE) -> tuple[list[Measurement], list[tuple[Machine, Timed]]]:
@@ -40,16 +41,16 @@ def study(machine: Machine = MACHINE) -> tuple[list[Measurement], list[tuple[Mac
 
 
 @pytest.fixture(scope="module")
-def made() -> report.Report:
-    return report.make(*study(), clusters=[load_cluster("dgx-h100")], target=TARGET)
+def made() -> Report:
+    return make(*study(), clusters=[load_cluster("dgx-h100")], target=TARGET)
 
 
-def section(made: report.Report, title: str) -> report.Section:
+def section(made: Report, title: str) -> Section:
     (found,) = (each for each in made.sections if each.title == title)
     return found
 
 
-def test_scaling_is_against_one_process(made: report.Report) -> None:
+def test_scaling_is_against_one_process(made: Report) -> None:
     measurements, _ = study()
     strong, weak = section(made, "Strong scaling"), section(made, "Weak scaling")
     by_point = {each.point: each for each in measurements}
@@ -66,8 +67,8 @@ def test_scaling_is_against_one_process(made: report.Report) -> None:
     assert "5.0%" in weak.rows[0][-1]
 
 
-def test_the_page_needs_no_other_file(made: report.Report, tmp_path: Path) -> None:
-    page = report.write(made, tmp_path)
+def test_the_page_needs_no_other_file(made: Report, tmp_path: Path) -> None:
+    page = write(made, tmp_path)
     text = page.read_text()
     assert made.title in text
     for line in made.conclusions:
@@ -83,7 +84,7 @@ def test_the_page_needs_no_other_file(made: report.Report, tmp_path: Path) -> No
                 assert list(csv.reader(f)) == [each.header, *each.rows]
 
 
-def test_every_residual_is_shown(made: report.Report) -> None:
+def test_every_residual_is_shown(made: Report) -> None:
     found = section(made, "The model and its residuals")
     assert len(found.rows) == len(POINTS)
     measurements, timed = study()
@@ -93,7 +94,7 @@ def test_every_residual_is_shown(made: report.Report) -> None:
         assert any(line.startswith(f"Held out, {name} in turn (synthetic): median error ") for line in found.text)
 
 
-def test_it_says_from_where_on_more_are_not_worth_it(made: report.Report) -> None:
+def test_it_says_from_where_on_more_are_not_worth_it(made: Report) -> None:
     beyond = [line for line in made.conclusions if "strong scaling" in line and "beyond" in line]
     assert beyond
     for line in beyond:
@@ -110,7 +111,7 @@ def test_it_says_from_where_on_more_are_not_worth_it(made: report.Report) -> Non
 def test_two_machines_are_told_apart() -> None:
     one, sweep_one = study()
     other, sweep_other = study(dataclasses.replace(MACHINE, network="1gbit"))
-    made = report.make([*one, *other], [*sweep_one, *sweep_other])
+    made = make([*one, *other], [*sweep_one, *sweep_other])
     names = [row[0] for row in section(made, "The model and its residuals").rows]
     assert sum("synthetic" in name for name in names) == sum("1gbit" in name for name in names) == len(POINTS)
     assert "8 points on synthetic" in made.about or f"{len(POINTS)} points on synthetic" in made.about
@@ -119,9 +120,9 @@ def test_two_machines_are_told_apart() -> None:
 def test_a_point_that_failed_is_shown_with_its_reason() -> None:
     measurements, timed = study()
     failed = dataclasses.replace(measurements[-1], failed="out of memory: 3 of 2 GB")
-    made = report.make([*measurements[:-1], failed], timed)
+    made = make([*measurements[:-1], failed], timed)
     assert section(made, "Points without figures").rows[0][-1] == "out of memory: 3 of 2 GB"
-    again = report.make([failed, *measurements], timed)  # --again
+    again = make([failed, *measurements], timed)  # --again
     assert all(each.title != "Points without figures" for each in again.sections)
 
 
@@ -131,7 +132,7 @@ def test_what_less_on_the_wire_costs() -> None:
     whole = dataclasses.replace(several, bpc=3.0, trained_updates=50, noise_scale=12_345.0)
     point = dataclasses.replace(several.point, compression="topk")
     less = dataclasses.replace(several, point=point, bpc=3.02, trained_updates=50, step_seconds=0.01)
-    made = report.make([whole, less, *measurements[2:]], timed)
+    made = make([whole, less, *measurements[2:]], timed)
     found = section(made, "Speed beside what is learned")
     assert [row[-3:] for row in found.rows] == [["3.000", "+0.000", "12,345"], ["3.020", "+0.020", ""]]
     assert "BPC above that without compression after as many updates, at most: topk +0.020." in made.conclusions
@@ -142,17 +143,17 @@ def test_what_cannot_be_reported_is_a_line() -> None:
     measurements, timed = study()
     other = dataclasses.replace(measurements[0], point=dataclasses.replace(POINTS[0], preset="demo"))
     with pytest.raises(UserError, match="measurements of demo and gf-lstm-3x140; choose one with --preset"):
-        report.make([*measurements, other], timed)
+        make([*measurements, other], timed)
     failed = [dataclasses.replace(each, failed="no memory") for each in measurements]
     with pytest.raises(UserError, match=r"every point of the study failed \(no memory\)"):
-        report.make(failed, timed)
+        make(failed, timed)
 
 
 def test_one_process_alone_is_reported() -> None:
     """What takes more is said to be missing."""
     measurements, _ = study()
     alone = [each for each in measurements if each.point.world_size == 1]
-    made = report.make(alone, [])
+    made = make(alone, [])
     assert section(made, "Strong scaling").text == [
         "Not measured: it takes points that differ in the number of processes alone."
     ]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from slurm_cluster import missing
 
-from gfrnn.scaling import report
+from gfrnn.scaling.page import write
+from gfrnn.scaling.report import make
 from gfrnn.scaling.store import read
 from launch import ROOT, environment
 
@@ -42,7 +43,7 @@ def test_a_study_over_a_cable(tmp_path: Path) -> None:
     slow = [timed for machine, timed in sweep if machine.network == "100mbit" and timed.bytes >= 1 << 20]
     for timed in slow:
         assert timed.seconds > 0.4 * timed.bytes * 8 / 100e6  # half of it passes the cable at least
-    made = report.make(measurements, sweep)
-    page = report.write(made, tmp_path / "report")
+    made = make(measurements, sweep)
+    page = write(made, tmp_path / "report")
     for rate in ("1gbit", "100mbit"):
         assert f"On this network ({rate}), strong scaling" in page.read_text()

@@ -182,8 +182,9 @@ class ReportCommand:
     """Critical batch size in characters. Default: that training's gradient noise scale (--noise-scale)."""
 
     def __call__(self) -> None:
-        from gfrnn.scaling import report
         from gfrnn.scaling.clusters import load_cluster
+        from gfrnn.scaling.page import write
+        from gfrnn.scaling.report import make
         from gfrnn.scaling.store import log_report, read
         from gfrnn.scaling.trainings import find_target
 
@@ -203,8 +204,8 @@ class ReportCommand:
             target = find_target(
                 uris, self.training_experiment, measurements[0].point.preset, self.target_bpc, self.critical_batch
             )
-        made = report.make(measurements, sweep, clusters=clusters, target=target)
-        page = report.write(made, self.output)
+        made = make(measurements, sweep, clusters=clusters, target=target)
+        page = write(made, self.output)
         for line in made.conclusions:
             print(f"- {line}")
         print(f"page: {page}")

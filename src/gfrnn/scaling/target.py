@@ -28,6 +28,15 @@ class Reference(NamedTuple):
     updates: float
 
 
+class Target(NamedTuple):
+    """What is to be reached, from a run that has reached it."""
+
+    bpc: float
+    reference: Reference
+    critical: float
+    """Critical batch size, characters."""
+
+
 class Outlook(NamedTuple):
     """For a number of GPUs, at the batch that is fastest for them."""
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gfrnn.config import UserError
-from gfrnn.scaling.report import Target
-from gfrnn.scaling.target import Reference
+from gfrnn.scaling.target import Reference, Target
 from gfrnn.training.mlflow_sender import without_password
 
 if TYPE_CHECKING:

@@ -1,0 +1,216 @@
+"""Sections of a report that say what models make of the measurements: how well, how far, and what a target takes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gfrnn.config import UserError
+from gfrnn.scaling import figures
+from gfrnn.scaling.clusters import Cluster
+from gfrnn.scaling.grid import How, prepared
+from gfrnn.scaling.page import Report, Section
+from gfrnn.scaling.prediction import (
+    HeldOut,
+    Model,
+    Prediction,
+    Residual,
+    fit,
+    for_cluster,
+    held_out,
+    residuals,
+    scaled,
+    usable,
+)
+from gfrnn.scaling.records import Machine, Measurement, Point, Timed
+from gfrnn.scaling.target import Outlook, Target, knee, outlooks
+from gfrnn.scaling.words import names, processes
+
+Fitted = tuple[Model, list[Measurement], list[Timed]]
+Models = dict[Machine, Fitted | None]
+
+_GROUPS: dict[str, Callable[[Measurement], Hashable]] = {
+    "each ZeRO config": lambda each: each.point.ds_config,
+    "each number of rows": lambda each: each.point.rows,
+    "each number of processes": lambda each: each.point.world_size,
+}
+"""What is held out, in turn, and predicted from the rest."""
+
+
+def fits(report: Report, ran: Sequence[Measurement], sweep: Sequence[tuple[Machine, Timed]], models: Models) -> None:
+    section = Section("The model and its residuals")
+    section.header = ["point", "measured, ms", "predicted, ms", "90 %", "error", "inside"]
+    found: list[Residual] = []
+    for fitted in models.values():
+        if fitted is not None:
+            model, own, _ = fitted
+            found += residuals(model, usable(own), ds_config_of)
+    if not found:
+        section.text.append(
+            "No model: it takes points that were measured, and timed collectives beside several processes."
+        )
+        report.sections.append(section)
+        return
+    for each, name in zip(found, names([each.measurement for each in found]), strict=True):
+        low, high = 1e3 * each.prediction.low, 1e3 * each.prediction.high
+        section.rows.append(
+            [
+                name,
+                f"{1e3 * each.measurement.step_seconds:.1f}",
+                f"{1e3 * each.prediction.step_seconds:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                f"{each.error:+.1%}",
+                "yes" if each.inside else "no",
+            ]
+        )
+    errors = [abs(each.error) for each in found]
+    section.figure = figures.fit(found)
+    section.text.append(
+        f"Points that it was fitted to: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}; "
+        f"{sum(each.inside for each in found)} of {len(found)} lie inside their interval."
+    )
+    for machine, fitted in models.items():
+        if fitted is None:
+            continue
+        _, own, timed = fitted
+        for name, group in _GROUPS.items():
+            if len({group(each) for each in own}) > 1:
+                section.text.append(_held_out(name, machine, held_out(own, timed, ds_config_of, group)))
+    report.sections.append(section)
+    report.conclusions.append(
+        f"The model of a step's time is {statistics.median(errors):.1%} off in the median, {max(errors):.1%} at worst, "
+        "on the points it was fitted to; points it has not seen are in its section."
+    )
+
+
+def _held_out(name: str, machine: Machine, found: HeldOut) -> str:
+    where = f" ({machine.network})" if machine.network else ""
+    if not found.groups:
+        return f"Held out, {name}{where}: the others say nothing of it."
+    return (
+        f"Held out, {name} in turn{where}: median error {found.median:.1%}, worst {found.worst:.1%}; "
+        f"{found.inside:.0%} of the intervals hold."
+    )
+
+
+def outlook(
+    report: Report,
+    ran: Sequence[Measurement],
+    models: Models,
+    clusters: Sequence[Cluster],
+    target: Target | None,
+) -> None:
+    best = max(ran, key=lambda each: each.characters_per_second / each.point.world_size)
+    measured = {machine: fitted for machine, fitted in models.items() if fitted is not None}
+    places: list[tuple[str, Model, int]] = []
+    for machine, (model, _, _) in measured.items():
+        if model.network is not None:
+            name = f"this network ({machine.network})" if machine.network else "machines such as these"
+            places.append((name, model, 1 if any(each.point.nodes > 1 for each in ran) else 8))
+    gpus = next((model for machine, (model, _, _) in measured.items() if machine.device != "cpu"), None)
+    for cluster in clusters:
+        places.append((cluster.name, for_cluster(cluster, [best.point], gpus), cluster.gpus_per_node))
+    for name, model, per_node in places:
+        point = replace(best.point, compression="none")
+        each = max(1, point.rows // point.world_size)
+        strong = scaled(model, replace(point, rows=max(point.rows, 64)), ds_config_of, per_node=per_node, kind="strong")
+        weak = scaled(model, replace(point, rows=each), ds_config_of, per_node=per_node, kind="weak")
+        section = Section(f"Predicted to 4096 processes, {name}")
+        section.figure = figures.outlook(
+            {f"strong, {strong[0].point.rows} rows": strong, f"weak, {each} rows a process": weak}
+        )
+        section.header = ["scaling", "processes", "characters/s", "efficiency", "90 %", "step, ms"]
+        section.rows = [_row(kind, found) for kind, all_ in (("strong", strong), ("weak", weak)) for found in all_]
+        if any(cluster.name == name for cluster in clusters) and gpus is None:
+            section.text.append("No GPU was measured: what one computes is assumed from its data sheet, and so wide.")
+        report.sections.append(section)
+        for kind, found in (("strong", strong), ("weak", weak)):
+            report.conclusions.append(_beyond(name, kind, found))
+        if target is not None:
+            _to_target(report, name, model, point, per_node, target, _price(name, clusters))
+
+
+def _row(kind: str, found: Prediction) -> list[str]:
+    interval = f"{found.efficiency_low:.0%} to {found.efficiency_high:.0%}"
+    speed, step = f"{found.characters_per_second:,.0f}", f"{1e3 * found.step_seconds:.1f}"
+    return [kind, str(found.point.world_size), speed, f"{found.efficiency:.0%}", interval, step]
+
+
+def _beyond(name: str, kind: str, found: Sequence[Prediction]) -> str:
+    good = [each for each in found if each.efficiency >= 0.5]
+    last = good[-1]
+    what = f"On {name}, {kind} scaling ({found[0].point.rows} rows{' a process' * (kind == 'weak')})"
+    if last is found[-1]:
+        return f"{what} keeps {last.efficiency:.0%} efficiency up to {processes(last.point.world_size)}."
+    after = found[found.index(last) + 1]
+    largest = max(after.parts, key=lambda part: after.parts[part])
+    return (
+        f"{what}: beyond {processes(last.point.world_size)} efficiency falls below 50 % "
+        f"({after.efficiency:.0%} at {after.point.world_size}); {_IN_WORDS.get(largest, largest)} takes most of an "
+        "update there."
+    )
+
+
+_IN_WORDS = {"other": "what each update costs, however small,"}
+
+
+def ds_config_of(point: Point) -> dict[str, Any]:
+    """A point's DeepSpeed config, resolved."""
+    return prepared(point, How(), Path("study"))[1]
+
+
+def model_of(
+    machine: Machine, ran: Sequence[Measurement], sweep: Sequence[tuple[Machine, Timed]]
+) -> tuple[Model, list[Measurement], list[Timed]] | None:
+    """Of one machine, with what it was fitted to; None if it has points of several processes and nothing was timed."""
+    own = [each for each in ran if each.machine == machine]
+    timed = [each for where, each in sweep if where == machine]
+    if not timed and any(each.point.world_size > 1 for each in own):
+        return None
+    try:
+        return fit(own, timed, ds_config_of), own, timed
+    except UserError:  # nothing that a model can be fitted to
+        return None
+
+
+def _price(name: str, clusters: Sequence[Cluster]) -> float | None:
+    return next((cluster.dollars_per_gpu_hour for cluster in clusters if cluster.name == name), None)
+
+
+def _to_target(
+    report: Report, name: str, model: Model, point: Point, per_node: int, target: Target, price: float | None
+) -> None:
+    def seconds(world_size: int, rows: int) -> float:
+        nodes = max(1, world_size // per_node)
+        at = replace(point, world_size=world_size, nodes=nodes, rows=rows)
+        return model.predict(at, ds_config_of(at)).step_seconds
+
+    worlds = [found.point.world_size for found in scaled(model, point, ds_config_of, per_node=per_node, kind="weak")]
+    rows = [2**power for power in range(3, 17)]
+    found = outlooks(target.reference, target.critical, seconds, steps=point.steps, world_sizes=worlds, rows=rows)
+    best = knee(found)
+    section = Section(f"Time and cost to {target.bpc:g} BPC, {name}", figure=figures.target(found, best))
+    section.text.append(
+        f"A run reached it after {target.reference.updates:,.0f} updates of "
+        f"{target.reference.characters_per_update:,} characters; critical batch size {target.critical:,.0f} characters."
+    )
+    section.header = ["GPUs", "rows", "updates", "hours", "GPU-hours", "efficiency"]
+    section.rows = [_outlook_row(each) for each in found]
+    if price is not None:
+        section.header.append("dollars")
+        for row, each in zip(section.rows, found, strict=True):
+            row.append(f"{price * each.gpu_hours:,.0f}")
+    report.sections.append(section)
+    cost = "" if price is None else f", {price * best.gpu_hours:,.0f} dollars"
+    report.conclusions.append(
+        f"On {name}, {best.world_size} GPUs are worth using to reach {target.bpc:g} BPC: {best.hours:.3g} hours, "
+        f"{best.gpu_hours:.3g} GPU-hours{cost}; a doubling beyond that saves less than a third."
+    )
+
+
+def _outlook_row(each: Outlook) -> list[str]:
+    hours = [f"{each.hours:.3g}", f"{each.gpu_hours:.3g}"]
+    return [str(each.world_size), str(each.rows), f"{each.updates:,.0f}", *hours, f"{each.efficiency:.0%}"]
