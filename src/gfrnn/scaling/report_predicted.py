@@ -130,7 +130,8 @@ def outlook(
         for kind, found in (("strong", strong), ("weak", weak)):
             report.conclusions.append(_beyond(name, kind, found))
         if target is not None:
-            _to_target(report, name, model, point, per_node, target, _price(name, clusters))
+            worlds = [found.point.world_size for found in weak]
+            _to_target(report, name, model, point, per_node, worlds, target, _price(name, clusters))
 
 
 def _row(kind: str, found: Prediction) -> list[str]:
@@ -162,9 +163,7 @@ def ds_config_of(point: Point) -> dict[str, Any]:
     return prepared(point, How(), Path("study"))[1]
 
 
-def model_of(
-    machine: Machine, ran: Sequence[Measurement], sweep: Sequence[tuple[Machine, Timed]]
-) -> tuple[Model, list[Measurement], list[Timed]] | None:
+def model_of(machine: Machine, ran: Sequence[Measurement], sweep: Sequence[tuple[Machine, Timed]]) -> Fitted | None:
     """Of one machine, with what it was fitted to; None if it has points of several processes and nothing was timed."""
     own = [each for each in ran if each.machine == machine]
     timed = [each for where, each in sweep if where == machine]
@@ -181,14 +180,20 @@ def _price(name: str, clusters: Sequence[Cluster]) -> float | None:
 
 
 def _to_target(
-    report: Report, name: str, model: Model, point: Point, per_node: int, target: Target, price: float | None
+    report: Report,
+    name: str,
+    model: Model,
+    point: Point,
+    per_node: int,
+    worlds: Sequence[int],
+    target: Target,
+    price: float | None,
 ) -> None:
     def seconds(world_size: int, rows: int) -> float:
         nodes = max(1, world_size // per_node)
         at = replace(point, world_size=world_size, nodes=nodes, rows=rows)
         return model.predict(at, ds_config_of(at)).step_seconds
 
-    worlds = [found.point.world_size for found in scaled(model, point, ds_config_of, per_node=per_node, kind="weak")]
     rows = [2**power for power in range(3, 17)]
     found = outlooks(target.reference, target.critical, seconds, steps=point.steps, world_sizes=worlds, rows=rows)
     best = knee(found)

@@ -87,10 +87,9 @@ def describe(result: Result) -> str:
     found = result.measurement
     if found.failed:
         return f"failed: {found.failed}"
-    waited = found.parts["communication"] / sum(found.parts.values())
     return (
         f"{1e3 * found.step_seconds:.1f} ms an update ({1e3 * found.step_seconds_low:.1f} to "
-        f"{1e3 * found.step_seconds_high:.1f}), {waited:.0%} of it waiting, "
+        f"{1e3 * found.step_seconds_high:.1f}), {found.communication_share:.0%} of it waiting, "
         f"{found.characters_per_second:,.0f} characters/s, {found.memory_bytes / 1e6:,.0f} MB"
     )
 
