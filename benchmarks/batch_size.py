@@ -4,7 +4,7 @@
 
 Each run is src/train.py, one process, ended once its validation text (every few updates) is at the target; runs that
 are done are not run again. The learning rate is --learning-rate at --base-rows, and times (rows / base) to the power 0
-(none), 1/2 (sqrt) or 1 (linear) elsewhere. Of the rules the best at each batch is fitted with S(B) = S_min (1 + B_crit
+(none), 1/2 (sqrt) or 1 (linear) elsewhere: at --base-rows all rules are one run. Of the rules the best at each batch is fitted with S(B) = S_min (1 + B_crit
 / B) (McCandlish et al. 2018), and its B_crit is put beside the gradient noise scale that runs have measured. No
 figure here is a time.
 """
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 def run(folder: Path, rows: int, rule: str, args: argparse.Namespace) -> Found:
     """One training, to the target or --most updates."""
     rate = args.learning_rate * (rows / args.base_rows) ** RULES[rule]
-    output, every = folder / f"rows{rows}-{rule}", max(1, round(args.every * args.base_rows**0.5 / rows**0.5))
+    output, every = folder / f"rows{rows}-rate{rate:.3g}", max(1, round(args.every * args.base_rows**0.5 / rows**0.5))
     ended = output / "ended"
     if not ended.exists():
         flags = {
