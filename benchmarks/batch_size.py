@@ -4,9 +4,9 @@
 
 Each run is src/train.py, one process, ended once its validation text (every few updates) is at the target; runs that
 are done are not run again. The learning rate is --learning-rate at --base-rows, and times (rows / base) to the power 0
-(none), 1/2 (sqrt) or 1 (linear) elsewhere: at --base-rows all rules are one run. Of the rules the best at each batch is fitted with S(B) = S_min (1 + B_crit
-/ B) (McCandlish et al. 2018), and its B_crit is put beside the gradient noise scale that runs have measured. No
-figure here is a time.
+(none), 1/2 (sqrt) or 1 (linear) elsewhere: at --base-rows all rules are one run. Of the rules the best at each batch is
+fitted with S(B) = S_min (1 + B_crit / B) (McCandlish et al. 2018), and its B_crit is put beside the gradient noise
+scale that runs have measured. No figure here is a time.
 """
 
 from __future__ import annotations

@@ -159,8 +159,8 @@ def check(model: Model, results: Sequence[Result]) -> list[Residual]:
 
 
 def blind(model: Model, checked: Sequence[Residual]) -> list[float]:
-    """Relative errors where nothing of the points is known, not even the products' peak beside them."""
-    unknown = [dataclasses.replace(each.measurement, peak_flops=0.0) for each in checked]
+    """Relative errors where nothing of the points is known, not even the products that were timed beside them."""
+    unknown = [dataclasses.replace(each.measurement, peak_flops=0.0, products=()) for each in checked]
     return [each.error for each in residuals(model, unknown, ds_config_of)]
 
 
@@ -202,8 +202,8 @@ def main() -> None:
     args = parser.parse_args()
     found = {rate: measure(args.folder, rate, args) for rate in args.rates}
     caption = (
-        f"bytes: theory is {off(found):.2%} off those counted at most. Blind: without the products' peak that was "
-        "measured beside each point, which says how fast the machine was then"
+        f"bytes: theory is {off(found):.2%} off those counted at most. Blind: without the products that were timed "
+        "beside each point, which say how fast the machine was then"
     )
     table = Table(title="Held out", caption=caption)
     for column in ("what", "rate", "points", "median error", "worst", "inside 90 %", "blind: median", "worst"):

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gfrnn.scaling.compute import TERMS, Load, fit, fit_part
+from gfrnn.scaling.compute import TERMS, Load, at, fit, fit_part
+from gfrnn.scaling.records import Products
 
 WEIGHTS = 57e6
 TRUE = {
@@ -50,7 +51,7 @@ MANY = [
 def test_coefficients_are_found_again() -> None:
     found = fit(MANY, [taken(each) for each in MANY])
     for part in ("forward", "backward"):
-        assert set(found.parts[part].terms) == set(TERMS[part])
+        assert set(found.parts[part].terms) == {name for name in TERMS[part] if not name.endswith("_products")}
         for term, value in zip(found.parts[part].terms, found.parts[part].coefficients, strict=True):
             assert value == pytest.approx(TRUE[part][term], rel=1e-6), (part, term)
     assert found.parts["optimizer"].terms == ("parameter", "update")
@@ -140,3 +141,72 @@ def test_a_slower_machine_there_and_then() -> None:
     found = fit(points, [taken(each) for each in points])
     assert found.parts["forward"].coefficients[0] == pytest.approx(1 / 600e9, rel=1e-6)
     assert found.parts["forward"].seconds(slow[0]) == pytest.approx(2 * found.parts["forward"].seconds(MANY[0]))
+
+
+# ------------------------------------------------------------------------------------------- products that were timed
+
+TIMED = [Products(rows, 1e-3 * seconds, 2e-3 * seconds) for rows, seconds in ((8, 7), (16, 5), (64, 14), (128, 26))]
+"""Of 16 rows less than of 8, as another kernel has them."""
+
+
+def with_products(at_once: Load, factor: float = 1.0) -> Load:
+    found = at(TIMED, int(at_once.rows_at_once), factor)
+    return dataclasses.replace(at_once, products=found)
+
+
+def slow_and_fast(each: Load) -> float:
+    """Forward's seconds: its products, and a little by rows."""
+    assert each.products is not None
+    return 1.1 * each.steps * each.products.forward + each.flops / 2e12
+
+
+def test_products_between_and_beyond_those_timed() -> None:
+    for each in TIMED:
+        found = at(TIMED, each.rows)
+        assert (found.forward, found.backward) == pytest.approx((each.forward, each.backward))
+    assert at(TIMED, 32).forward == pytest.approx(1e-3 * np.sqrt(5 * 14))
+    assert at(TIMED, 512).backward == pytest.approx(4 * 2e-3 * 26)
+    assert at(TIMED, 4).forward == pytest.approx(7e-3)  # what reads the weights
+    assert at(TIMED, 64, scale=2.0).forward == pytest.approx(28e-3)
+
+
+def test_products_of_the_nearest_layout_and_of_another_model() -> None:
+    points = [with_products(load(rows)) for rows in (8, 16, 64)]
+    seconds = [{"forward": slow_and_fast(each), "backward": 1.0, "optimizer": 1.0, "other": 1.0} for each in points]
+    slower = [dataclasses.replace(each, forward=2 * each.forward) for each in TIMED]
+    found = fit(points, seconds, products={(1, 1): TIMED, (4, 1): slower})
+    ours, theirs = (found.products_of(WEIGHTS, 64, world_size, 1) for world_size in (1, 16))
+    larger = found.products_of(3 * WEIGHTS, 64, 1, 1)
+    assert ours is not None
+    assert theirs is not None
+    assert larger is not None
+    assert ours.forward == pytest.approx(14e-3)
+    assert theirs.forward == pytest.approx(28e-3)
+    assert larger.forward == pytest.approx(3 * 14e-3)
+    assert fit(points, seconds).products_of(WEIGHTS, 64, 1, 1) is None
+
+
+def test_what_is_no_straight_line_of_rows_is_predicted() -> None:
+    """8 and 16 rows, and rows that no point has, from noisy products of each point's own."""
+    random = np.random.default_rng(0)
+    points = [with_products(load(rows), float(np.exp(0.1 * random.normal()))) for rows in (8, 16, 64) for _ in range(4)]
+    seconds = [{"forward": slow_and_fast(each), "backward": 1.0, "optimizer": 1.0, "other": 1.0} for each in points]
+    part = fit(points, seconds).parts["forward"]
+    assert part.terms == ("forward_products", "arithmetic", "weights")
+    for rows in (8, 16, 32, 128):
+        new = with_products(load(rows))
+        assert part.seconds(new) == pytest.approx(slow_and_fast(new), rel=1e-3)
+    slow = dataclasses.replace(with_products(load(16), 2.0), slowdown=2.0)  # the machine, for a while
+    assert part.seconds(slow) == pytest.approx(2 * part.seconds(with_products(load(16))), rel=1e-3)
+
+
+def test_a_point_without_products_leaves_them_to_none() -> None:
+    points = [with_products(load(16)), load(64)]
+    assert fit(points, [taken(load(16)), taken(load(64))]).parts["forward"].terms == ("arithmetic", "weights")
+
+
+def test_noise_of_products_tells_no_terms_apart() -> None:
+    """Points of one number of rows, whose products alone differ, are one point measured again."""
+    points = [with_products(load(16), factor) for factor in (0.8, 1.0, 1.3)]
+    found = fit(points, [{"forward": slow_and_fast(each)} for each in points])
+    assert found.parts["forward"].terms == ("forward_products",)

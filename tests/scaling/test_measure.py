@@ -23,7 +23,7 @@ from gfrnn.scaling.folder import StudyFolder
 from gfrnn.scaling.group import reason
 from gfrnn.scaling.measure import Own, combined
 from gfrnn.scaling.phases import Stopwatch
-from gfrnn.scaling.records import PARTS, Measurement
+from gfrnn.scaling.records import PARTS, Measurement, Products
 from gfrnn.scaling.store import read
 from gfrnn.scaling.sweep import KINDS
 from launch import ROOT, environment, script
@@ -75,6 +75,13 @@ def test_parts_add_up_to_the_step(study: Path) -> None:
         assert 1e9 < found.peak_flops < 1e13
         assert 0 < found.mfu < 1
         assert found.joules is None
+        rows = [each.rows for each in found.products]
+        assert rows == sorted({*rows, found.point.rows // found.point.world_size})
+        own = found.products[rows.index(found.point.rows // found.point.world_size)]
+        # ten time steps' products are a good part of forward and backward, and not all of them
+        assert 0.02 * found.parts["forward"] < 10 * own.forward < 2 * found.parts["forward"]
+        assert 0.02 * found.parts["backward"] < 10 * own.backward < 2 * found.parts["backward"]
+        assert found.products[-1].forward > own.forward
         assert (found.machine.device, found.machine.threads, found.machine.network) == ("cpu", 1, "here")
 
 
@@ -270,6 +277,10 @@ def test_the_slowest_process_is_the_steps_time() -> None:
     assert found["busy_seconds"] == pytest.approx((5 / 3, 1))
     assert (found["peak_flops"], found["memory_bytes"]) == (4, 3)
     assert found["joules"] == pytest.approx(4 / 3)
+    first, second = own(1, waited=0), own(1, waited=0)
+    first.products = [Products(8, 1, 5), Products(16, 9, 9), Products(8, 2, 6), Products(8, 9, 9)]
+    second.products = [Products(8, 4, 8)]
+    assert combined([first, second])["products"] == (Products(8, 3, 7),)  # 16 rows: one alone got so far
     one = combined([own(1, waited=0)])
     assert one["step_seconds_low"] == one["step_seconds_high"] == 1
 

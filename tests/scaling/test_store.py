@@ -12,7 +12,7 @@ import pytest
 from gfrnn.config import UserError
 from gfrnn.scaling.folder import Result, StudyFolder
 from gfrnn.scaling.grid import How
-from gfrnn.scaling.records import PARTS, Machine, Measurement, Point, Timed
+from gfrnn.scaling.records import PARTS, Machine, Measurement, Point, Products, Timed
 from gfrnn.scaling.store import Store, log, read, tags
 
 
@@ -43,6 +43,7 @@ def measurement(seed: int = 0, ranks: int = 3, **changes: Any) -> Measurement:
         characters=10**6,
         flops=3 * 10**18 + 1,
         peak_flops=draw() * 1e15,
+        products=tuple(Products(rows, draw() / 7, draw() / 3) for rows in (1, 5, 64)),
         parameters=57_900_001,
         joules=draw() * 1000,
         noise_scale=draw(),

@@ -52,6 +52,16 @@ class _Left:
             bias[: plan.unit_rows] *= w.gain is None
 
 
+def left_operands(plan: Plan, weights: list[LayerWeights], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """What a time step multiplies states with, forward and back: matrices [M, K] of products [M, K] x [K, B]."""
+
+    def of(left: _Left) -> list[Tensor]:
+        found = [left.ungated, *left.unit, *left.candidate, *left.below]
+        return [each for each in found if each is not None]
+
+    return of(_Left(plan, weights, dtype, transposed=False)), of(_Left(plan, weights, dtype, transposed=True))
+
+
 def _transposed(parts_MN: list[Tensor]) -> Tensor:
     """Matrices one under the other, transposed: [N, sum of M]."""
     N = parts_MN[0].shape[1]

@@ -1,8 +1,11 @@
 """What a process computes in an update, and how long: seconds by part, each a sum of terms with a coefficient.
 
-    forward, backward   arithmetic   FLOP: rows, steps and parameters; the coefficient is one over a rate
+    forward, backward   products     what the time steps' products alone took there and then, with these rows
+                                     (products.py), k T times; the coefficient is about one
+                        arithmetic   FLOP: rows, steps and parameters; the coefficient is one over a rate. Beside
+                                     products: pointwise work, and the weights' gradients
                         weights      weights that T time steps read, whatever the rows: k T times the multiplied ones. A
-                                     time step's launches and pointwise work are in here too
+                                     time step's launches are in here too
                         gather       parameters gathered one by one (stage 3)
                         call         micro-batches k
     optimizer           parameter    elements that this process updates: P, or P / W from stage 1 on
@@ -13,8 +16,9 @@
                         parameter    as above
                         gather       as above
 
-So few rows cost more a character: arithmetic falls with them, the weights' term does not. The sum is an upper bound of
-what overlaps (arithmetic while weights are read); near either end it is exact.
+So few rows cost more a character: arithmetic falls with them, the weights' term does not. Where some point has no timed
+products, arithmetic and weights stand for them: an upper bound of what overlaps (arithmetic while weights are read),
+exact near either end.
 
 Which terms a set of points can tell apart is decided by the points: a term is taken, in the order above, if there are
 points enough and the columns of the terms so far, scaled to length 1, have a condition number below 50. The rest is
@@ -23,17 +27,20 @@ left out and named. One preset's points never tell a time step's launches from t
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from gfrnn.scaling.records import Products
+
 TERMS = {
-    "forward": ("arithmetic", "weights", "gather", "call"),
-    "backward": ("arithmetic", "weights", "gather", "call"),
+    "forward": ("forward_products", "arithmetic", "weights", "gather", "call"),
+    "backward": ("backward_products", "arithmetic", "weights", "gather", "call"),
     "optimizer": ("parameter", "offloaded", "update"),
     "other": ("update", "character", "parameter", "gather"),
 }
@@ -62,6 +69,8 @@ class Load:
     offloaded: float = 0.0
     """Elements."""
     gathers: int = 0
+    products: Products | None = None
+    """Of a time step with these rows at once; None: not known."""
     slowdown: float = 1.0
     """How much slower than the fastest measured the same product was there and then: cores or memory shared."""
 
@@ -71,10 +80,14 @@ class Load:
         return self.rows / self.micro_batches
 
     def terms(self, names: Sequence[str]) -> NDArray[np.float64]:
-        """[terms]: what the coefficients multiply, the slowdown included."""
+        """[terms]: what the coefficients multiply, the slowdown included: products were timed with it."""
+        times = self.micro_batches * self.steps
+        timed = self.products or Products(0, 0.0, 0.0)
         found = {
+            "forward_products": times * timed.forward / self.slowdown,
+            "backward_products": times * timed.backward / self.slowdown,
             "arithmetic": self.flops,
-            "weights": self.micro_batches * self.steps * self.weights,
+            "weights": times * self.weights,
             "gather": self.gathers,
             "call": self.micro_batches,
             "parameter": self.updated,
@@ -119,10 +132,19 @@ class Compute:
     """Fewest and most rows at once that were measured."""
     peak_flops: float = 0.0
     """FLOP/s of a process' large products where they were fastest: a slowdown is against it. 0: not known."""
+    products: Mapping[tuple[int, int], Sequence[Products]] = field(default_factory=dict)
+    """By world size and nodes, as the points have timed them, in rising order of rows. Empty: not known."""
 
     def seconds(self, load: Load) -> dict[str, float]:
         """By part."""
         return {name: part.seconds(load) for name, part in self.parts.items()}
+
+    def products_of(self, weights: float, rows: int, world_size: int, nodes: int) -> Products | None:
+        """Of a model of so many multiplied weights; of the layout that is nearest to the one asked for."""
+        if not self.products:
+            return None
+        layout = min(self.products, key=lambda key: far(key, (world_size, nodes)))
+        return at(self.products[layout], rows, weights / self.weights)
 
     @property
     def left_out(self) -> dict[str, tuple[str, ...]]:
@@ -130,10 +152,38 @@ class Compute:
         return {name: part.left_out for name, part in self.parts.items() if part.left_out}
 
 
-def fit(loads: Sequence[Load], seconds: Sequence[dict[str, float]], peak_flops: float = 0.0) -> Compute:
+def at(products: Sequence[Products], rows: int, scale: float = 1.0) -> Products:
+    """Of so many rows: between those known a power law, beyond the most a time in proportion to the rows.
+
+    Args:
+        products: one or more, in rising order of rows.
+        scale: of the times.
+    """
+
+    def side(times: list[float]) -> float:
+        known = [each.rows for each in products]
+        if rows > known[-1]:
+            return scale * times[-1] * rows / known[-1]
+        return scale * math.exp(np.interp(math.log(rows), np.log(known), np.log(times)))
+
+    return Products(rows, side([each.forward for each in products]), side([each.backward for each in products]))
+
+
+def far(layout: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
+    """Doublings between two world sizes, then between their nodes."""
+    return abs(math.log2(layout[0] / other[0])), abs(math.log2(layout[1] / other[1]))
+
+
+def fit(
+    loads: Sequence[Load],
+    seconds: Sequence[dict[str, float]],
+    peak_flops: float = 0.0,
+    products: Mapping[tuple[int, int], Sequence[Products]] | None = None,
+) -> Compute:
     """From points, one or more, of one preset and dtype.
 
     Args:
+        products: Compute's.
         seconds: of each load, by part (records.PARTS; communication is not looked at).
     """
     at_once = [load.rows_at_once for load in loads]
@@ -141,12 +191,14 @@ def fit(loads: Sequence[Load], seconds: Sequence[dict[str, float]], peak_flops: 
         part: fit_part(part, loads, [max(each.get(part, 0.0), 1e-4 * sum(each.values())) for each in seconds])
         for part in TERMS
     }
-    return Compute(parts, loads[0].weights, (min(at_once), max(at_once)), peak_flops)
+    return Compute(parts, loads[0].weights, (min(at_once), max(at_once)), peak_flops, products or {})
 
 
 def fit_part(part: str, loads: Sequence[Load], seconds: Sequence[float]) -> Part:
     """Nonnegative coefficients that leave the least relative errors; points more than 10 % off count less (Huber)."""
-    terms, left_out = _told_apart(TERMS[part], loads)
+    timed = all(load.products for load in loads)
+    names = [name for name in TERMS[part] if timed or not name.endswith("_products")]
+    terms, left_out = _told_apart(names, loads)
     relative = np.stack([load.terms(terms) / taken for load, taken in zip(loads, seconds, strict=True)])  # [points, C]
     scale = np.linalg.norm(relative, axis=0)
     relative, weights = relative / scale, np.ones(len(loads))
@@ -162,9 +214,25 @@ def fit_part(part: str, loads: Sequence[Load], seconds: Sequence[float]) -> Part
     return Part(terms, found / scale, covariance, left_out, spread)
 
 
+def _typical(loads: Sequence[Load]) -> list[Load]:
+    """Without what differs from one measurement to the next alone: the same rows have the same products."""
+    by_rows: dict[float, list[Products]] = {}
+    for load in loads:
+        by_rows.setdefault(load.rows_at_once, []).extend([load.products] if load.products else [])
+
+    def mean(several: list[Products]) -> Products | None:
+        if not several:
+            return None
+        sides = [[each.forward for each in several], [each.backward for each in several]]
+        return Products(several[0].rows, *(sum(side) / len(side) for side in sides))
+
+    means = {rows: mean(several) for rows, several in by_rows.items()}
+    return [dataclasses.replace(load, slowdown=1.0, products=means[load.rows_at_once]) for load in loads]
+
+
 def _told_apart(terms: Sequence[str], loads: Sequence[Load]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Terms that the points can tell, and the others."""
-    design = np.stack([load.terms(terms) / load.slowdown for load in loads])
+    design = np.stack([typical.terms(terms) for typical in _typical(loads)])
     # relative to the first term, which is about what a point takes
     design = design / design[:, :1]
     distinct, taken = len(np.unique(design.round(12), axis=0)), [0]

@@ -20,7 +20,7 @@ from typing import Any
 from gfrnn.config import UserError
 from gfrnn.runs import write_json
 from gfrnn.scaling.grid import How
-from gfrnn.scaling.records import Machine, Measurement, Point, Timed
+from gfrnn.scaling.records import Machine, Measurement, Point, Products, Timed
 
 FORM = 1
 """Of study.json and measurement.json, and of what is kept in MLflow."""
@@ -119,7 +119,8 @@ def result_from(values: dict[str, Any]) -> Result:
     given = dict(values["measurement"])
     point, machine = Point(**given.pop("point")), Machine(**given.pop("machine"))
     busy = tuple(given.pop("busy_seconds"))
-    measurement = Measurement(point, machine, busy_seconds=busy, **given)
+    products = tuple(Products(**each) for each in given.pop("products", ()))  # earlier versions timed none
+    measurement = Measurement(point, machine, busy_seconds=busy, products=products, **given)
     return Result(measurement, tuple(Timed(**timed) for timed in values["sweep"]), values["id"])
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gfrnn.config import Stopped, UserError
 from gfrnn.scaling.folder import Result, StudyFolder
 from gfrnn.scaling.grid import How, prepared
-from gfrnn.scaling.records import PARTS, Machine, Measurement, Point
+from gfrnn.scaling.records import PARTS, Machine, Measurement, Point, Products
 from gfrnn.scaling.volume import predicted
 from gfrnn.training.memory import estimate
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from gfrnn.training.loop import Trainer
 
 _TRACED = 3  # updates in a profiler's trace, on a GPU
+_PRODUCTS_SECONDS = 1.0  # after each row of updates
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Own:
     """Seconds by part, of all of them."""
     peak_flops: list[float] = field(default_factory=list)
     """FLOP/s of large products, after each row of updates."""
+    products: list[Products] = field(default_factory=list)
+    """After each row of updates, of the point's rows and of others."""
     memory: int = 0
     """Bytes at most."""
     joules: float | None = 0.0
@@ -136,11 +141,16 @@ def timed(trainer: Trainer, stopwatch: Stopwatch, how: How) -> Own:
     import torch
     import torch.distributed as dist
 
+    from gfrnn.nn import LanguageModel
     from gfrnn.scaling.energy import EnergyCounter
+    from gfrnn.scaling.products import ProductTimer
     from gfrnn.training.flops import gemm_peak
 
     own, watch, counter = Own(), stopwatch.watch, EnergyCounter(trainer.device)
-    dtype = torch.bfloat16 if trainer.settings.batch.dtype == "bf16" else torch.float32
+    batch = trainer.settings.batch
+    dtype = torch.bfloat16 if batch.dtype == "bf16" else torch.float32
+    timer: ProductTimer | None = None
+    rows = math.ceil(math.ceil(batch.rows / dist.get_world_size()) / batch.accumulation)
     for _ in range(how.warm_up):
         one_update(trainer)
     watch.traffic = {}
@@ -158,6 +168,10 @@ def timed(trainer: Trainer, stopwatch: Stopwatch, how: How) -> Own:
         own.memory = own.memory or trainer.peak_memory()  # of training: products come after
         dist.barrier()
         own.peak_flops.append(gemm_peak(trainer.device, dtype))  # all at once, as they train
+        if timer is None:  # its copies of the weights must not count as training's memory
+            assert isinstance(trainer.plain_model, LanguageModel)
+            timer = ProductTimer(trainer.plain_model, dtype)
+        own.products += timer.times(rows, _PRODUCTS_SECONDS)
     return own
 
 
@@ -200,8 +214,26 @@ def combined(everyone: list[Own]) -> dict[str, Any]:
         "busy_seconds": tuple((sum(own.seconds) - own.parts["communication"]) / updates for own in everyone),
         "memory_bytes": max(own.memory for own in everyone),
         "peak_flops": sum(statistics.median(own.peak_flops) for own in everyone),
+        "products": _products(everyone),
         "joules": sum(joules) / updates if len(joules) == len(everyone) else None,
     }
+
+
+def _products(everyone: list[Own]) -> tuple[Products, ...]:
+    """Of the rows that all processes have got to: means over them of medians."""
+    by_rows: dict[int, list[list[Products]]] = {}
+    for own in everyone:
+        for rows in {each.rows for each in own.products}:
+            by_rows.setdefault(rows, []).append([each for each in own.products if each.rows == rows])
+
+    def mean(several: list[list[Products]], side: Callable[[Products], float]) -> float:
+        return statistics.fmean(statistics.median(map(side, own)) for own in several)
+
+    return tuple(
+        Products(rows, mean(several, lambda each: each.forward), mean(several, lambda each: each.backward))
+        for rows, several in sorted(by_rows.items())
+        if len(several) == len(everyone)
+    )
 
 
 def machine(device: torch.device, how: How) -> Machine:

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
 from gfrnn.config import Settings, UserError, preset, sizes
-from gfrnn.scaling.compute import Compute, Load
+from gfrnn.scaling.compute import Compute, Load, at, far
 from gfrnn.scaling.messages import Message, gathers, messages, parameter_elements
 from gfrnn.scaling.network import Network
-from gfrnn.scaling.records import Point
+from gfrnn.scaling.records import Measurement, Point, Products
 from gfrnn.training.ds_config import stage_of
 
 INTERVAL = 0.9
@@ -122,7 +122,7 @@ class Model:
         ds_config: dict[str, Any],
         *,
         sent: list[Message] | None = None,
-        peak_flops: float | None = None,
+        beside: Measurement | None = None,
         compared: Point | None = None,
     ) -> Prediction:
         """A step of `point`.
@@ -130,8 +130,9 @@ class Model:
         Args:
             ds_config: from resolve_ds_config, for this point.
             sent: what it sends, if not by theory (messages.py), which knows no compression but bf16.
-            peak_flops: of all its processes' large products, measured there and then; without it that of the measured
-                point with the nearest number of processes. It says how much processes of a machine slow one another.
+            beside: the point's measurement, of which its products are used, and the peak of large ones: how fast the
+                machine was there and then. Without it those of measured points with the nearest number of processes,
+                which say how much processes of a machine slow one another.
             compared: the one process that efficiency is against; without it one with as many rows a process.
 
         Raises UserError if there is no sweep for several processes, or nothing was measured in this dtype.
@@ -140,7 +141,7 @@ class Model:
         each = math.ceil(point.rows / point.world_size)
         compared = compared or dataclasses.replace(point, world_size=1, nodes=1, rows=each)
         base = self._estimate(compared, settings, ds_config, [], None)
-        found = self._estimate(point, settings, ds_config, sent, peak_flops)
+        found = self._estimate(point, settings, ds_config, sent, beside)
         seconds = found.seconds
         sure = float(stdtrit(self.spare, 0.5 + INTERVAL / 2)) if math.isfinite(self.spare) else 1.645
         wide = math.exp(sure * math.hypot(self._deviation(point, found, None), self.spread))
@@ -165,24 +166,35 @@ class Model:
         )
 
     def load(
-        self, point: Point, settings: Settings, ds_config: dict[str, Any], compute: Compute, peak_flops: float | None
+        self,
+        point: Point,
+        settings: Settings,
+        ds_config: dict[str, Any],
+        compute: Compute,
+        beside: Measurement | None,
     ) -> Load:
-        """What the busiest process of a point does."""
+        """What the busiest process of a point does. beside: as for `predict`."""
         parameters, counts = parameter_elements(settings), sizes(settings)
         micro_batches = ds_config["gradient_accumulation_steps"]
         rows = math.ceil(math.ceil(point.rows / point.world_size) / micro_batches) * micro_batches
         updated = sum(parameters) / (point.world_size if stage_of(ds_config) else 1)
         offload = (ds_config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
-        peak = peak_flops / point.world_size if peak_flops else self._peak(point)
+        peak = beside.peak_flops / point.world_size if beside and beside.peak_flops else self._peak(point)
+        weights, at_once = counts.train_flops / 6, rows // micro_batches
+        if beside and beside.products:
+            products: Products | None = at(beside.products, at_once)
+        else:
+            products = compute.products_of(weights, at_once, point.world_size, point.nodes)
         return Load(
             flops=counts.train_flops * rows * point.steps,
-            weights=counts.train_flops / 6,
+            weights=weights,
             steps=point.steps,
             rows=rows,
             micro_batches=micro_batches,
             updated=updated,
             offloaded=updated if offload else 0.0,
             gathers=gathers(ds_config, parameters),
+            products=products,
             slowdown=compute.peak_flops / peak if peak and compute.peak_flops else 1.0,
         )
 
@@ -205,14 +217,8 @@ class Model:
         return self.layouts.get((point.world_size, point.nodes), self.network)
 
     def _peak(self, point: Point) -> float | None:
-        known = {key: peak for key, peak in self.peaks.items() if key[0] == point.dtype}
-        if not known:
-            return None
-
-        def far(key: tuple[str, int, int]) -> tuple[float, float]:
-            return abs(math.log2(key[1] / point.world_size)), abs(math.log2(key[2] / point.nodes))
-
-        return known[min(known, key=far)]
+        known = {key[1:]: peak for key, peak in self.peaks.items() if key[0] == point.dtype}
+        return known[min(known, key=lambda key: far(key, (point.world_size, point.nodes)))] if known else None
 
     def _estimate(
         self,
@@ -220,10 +226,10 @@ class Model:
         settings: Settings,
         ds_config: dict[str, Any],
         sent: list[Message] | None,
-        peak_flops: float | None,
+        beside: Measurement | None,
     ) -> _Estimate:
         compute, doublings = self.compute_of(point, settings)
-        load = self.load(point, settings, ds_config, compute, peak_flops)
+        load = self.load(point, settings, ds_config, compute, beside)
         parts = compute.seconds(load)
         computed = sum(parts.values())
         low, high = compute.rows

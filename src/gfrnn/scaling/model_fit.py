@@ -18,7 +18,7 @@ from gfrnn.scaling.compute import Compute
 from gfrnn.scaling.messages import parameter_elements
 from gfrnn.scaling.model import THEORY, Model, messages_of, size_of, slowest
 from gfrnn.scaling.network import GLOO, NCCL
-from gfrnn.scaling.records import Measurement, Point, Timed
+from gfrnn.scaling.records import Measurement, Point, Products, Timed
 
 Configs = Callable[[Point], dict[str, Any]]
 
@@ -77,12 +77,28 @@ def _computes(model: Model, used: Sequence[Measurement], ds_config_of: Configs) 
         # all or none: seconds of the fastest machine do not mix with others
         peak = max(map(_peak, members)) if all(each.peak_flops for each in members) else 0.0
         unit = Compute({}, 1.0, peak_flops=peak)
-        loads = [
-            model.load(each.point, settings, ds_config_of(each.point), unit, each.peak_flops or None)
-            for each in members
-        ]
-        found[key] = computing.fit(loads, [each.parts for each in members], peak)
+        loads = [model.load(each.point, settings, ds_config_of(each.point), unit, each) for each in members]
+        found[key] = computing.fit(loads, [each.parts for each in members], peak, _products(members))
     return found
+
+
+def _products(members: Sequence[Measurement]) -> dict[tuple[int, int], list[Products]]:
+    """By world size and nodes: medians of what the points of one preset and dtype have timed."""
+    layouts: dict[tuple[int, int], dict[int, list[Products]]] = defaultdict(lambda: defaultdict(list))
+    for each in members:
+        for products in each.products:
+            layouts[each.point.world_size, each.point.nodes][products.rows].append(products)
+    return {
+        layout: [
+            Products(
+                rows,
+                statistics.median(each.forward for each in several),
+                statistics.median(each.backward for each in several),
+            )
+            for rows, several in sorted(by_rows.items())
+        ]
+        for layout, by_rows in layouts.items()
+    }
 
 
 def _straggling(used: Sequence[Measurement]) -> float:
@@ -139,7 +155,7 @@ def _with_spread(model: Model, used: Sequence[Measurement], ds_config_of: Config
     """With the errors that are left, or those of the points' own repetitions if these are larger."""
     rest = []
     for each in used:
-        predicted = model.predict(each.point, ds_config_of(each.point), peak_flops=each.peak_flops)
+        predicted = model.predict(each.point, ds_config_of(each.point), beside=each)
         rest.append(math.log(predicted.step_seconds / each.step_seconds))
     constants = sum(max(len(part.terms) for part in each.parts.values()) for each in model.computes.values())
     spare = max(1, len(rest) - constants - len(model.exposed))

@@ -3,6 +3,7 @@
 Point        what is trained, on how many processes, and how
 Machine      where it was measured
 Measurement  both, and the figures; or why there are none
+Products     what a time step's products took there and then, by rows
 Timed        one collective of one size, on the same machines
 """
 
@@ -57,6 +58,16 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Products:
+    """Of one time step, a micro-batch of so many rows and one process, while all did the same: seconds."""
+
+    rows: int
+    forward: float
+    backward: float
+    """Those that a time step waits for: the states' gradients, not the weights'."""
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A point's figures, of an update in steady state."""
 
@@ -91,6 +102,8 @@ class Measurement:
     """An update, of all processes: by formula, counted once."""
     peak_flops: float = 0.0
     """FLOP/s of large products there and then, of all processes."""
+    products: tuple[Products, ...] = ()
+    """By rows, in rising order: of the point's own rows of a micro-batch and of others. None: not timed."""
     parameters: int = 0
     joules: float | None = None
     """An update, of all GPUs; none where they do not report it."""
