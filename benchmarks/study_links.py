@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,15 +29,16 @@ from gfrnn.runs import versions
 from gfrnn.scaling import network_fit
 from gfrnn.scaling.folder import Result, StudyFolder
 from gfrnn.scaling.grid import Grid, How, expand
+from gfrnn.scaling.group import Place, measured_here
 from gfrnn.scaling.model import Model
 from gfrnn.scaling.network import GLOO
 from gfrnn.scaling.prediction import Residual, fit, residuals
 from gfrnn.scaling.records import Measurement, Timed
 from gfrnn.scaling.report_predicted import ds_config_of
-from gfrnn.training.network import free_port
+from gfrnn.scaling.run import collect
+from gfrnn.scaling.store import Store
 from hosts import two_hosts
 
-STUDY = Path(__file__).parents[1] / "src/study.py"
 Results = dict[str, list[Result]]
 Checked = dict[str, tuple[Model, list[Residual]]]
 """By rate: the model that has not seen the points, and how it does on them."""
@@ -65,39 +64,13 @@ def measure(folder: Path, rate: str, args: argparse.Namespace) -> list[Result]:
     alone = dataclasses.replace(grid, world_sizes=(1,), nodes=(1,), ds_configs=("z0",))
     study = StudyFolder(folder / rate)
     study.begin([*expand(alone, how), *expand(grid, how)], how)
+    store = Store(study.path, "gfrnn-study")
     with two_hosts(rate) as hosts:
+        places = [Place(tuple(host.prefix), host.address, local_rank=0) for host in hosts]
         for number, point in enumerate(study.points, 1):
             if study.result(point) is not None:
                 continue
-            group = {"WORLD_SIZE": point.world_size, "MASTER_ADDR": hosts[0].address, "MASTER_PORT": free_port()}
-            said = study.of(point) / "said.txt"
-            said.parent.mkdir(parents=True, exist_ok=True)
-            with said.open("w") as f:
-                processes = [
-                    subprocess.Popen(
-                        [*host.prefix, sys.executable, STUDY, "measure", study.path, str(number)],
-                        env=os.environ
-                        | {name: str(value) for name, value in group.items()}
-                        | {"RANK": str(rank), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-                        stdout=f,
-                        stderr=f,
-                    )
-                    for rank, host in enumerate(hosts[: point.world_size])
-                ]
-                status = max(abs(process.wait()) for process in processes)
-            collect = [
-                sys.executable,
-                STUDY,
-                "collect",
-                study.path,
-                str(number),
-                "--status",
-                str(status),
-                "--said",
-                said,
-            ]
-            environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder.absolute()}/mlflow.db"}
-            subprocess.run(collect, check=True, env=environment)
+            collect(study, number, measured_here(study, number, "plain", places), store)
     found = [study.result(point) for point in study.points]
     return [each for each in found if each is not None and not each.measurement.failed]
 

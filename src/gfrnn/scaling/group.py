@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gfrnn.config import EXIT_STOPPED, Stopped
 from gfrnn.scaling.folder import StudyFolder
@@ -22,8 +23,20 @@ LIFELINE = "GFRNN_LIFELINE"
 _LAST_WORDS = 8.0  # seconds for the rest, once one has failed: all but the first wait 5 before they speak (cli.end)
 
 
-def measured_here(study: StudyFolder, number: int, launcher: Launcher) -> str:
+class Place(NamedTuple):
+    """Where a process is started."""
+
+    prefix: tuple[str, ...]
+    """What stands before its command: ip netns exec NAME, ssh HOST."""
+    address: str
+    """By which the others reach it."""
+    local_rank: int
+
+
+def measured_here(study: StudyFolder, number: int, launcher: Launcher, places: Sequence[Place] = ()) -> str:
     """Starts the processes of a point and waits for them: "" or why there is no result.
+
+    places: of each process, with launcher plain; without any, all are here.
 
     Raises Stopped if they were told to stop, which says nothing of the point.
     """
@@ -33,7 +46,7 @@ def measured_here(study: StudyFolder, number: int, launcher: Launcher) -> str:
     for old in folder.glob("rank-*.txt"):
         old.unlink()
     begin = time.monotonic()
-    processes = _start(study, number, launcher)
+    processes = _start(study, number, launcher, places)
     try:
         statuses: list[int | None] = [None] * len(processes)
         deadline = begin + 60 * study.how.limit
@@ -77,7 +90,9 @@ def _rank(file: Path) -> int:
     return int(file.stem.removeprefix("rank-"))
 
 
-def _start(study: StudyFolder, number: int, launcher: Launcher) -> list[subprocess.Popen[bytes]]:
+def _start(
+    study: StudyFolder, number: int, launcher: Launcher, places: Sequence[Place]
+) -> list[subprocess.Popen[bytes]]:
     point, port = study.point(number), str(free_port())
     source = str(Path(__file__).parents[2])  # src/study.py also runs where gfrnn is not installed
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -92,14 +107,15 @@ def _start(study: StudyFolder, number: int, launcher: Launcher) -> list[subproce
         count, head = ["--num_gpus", str(point.world_size)], [sys.executable, "-m", "deepspeed.launcher.runner"]
         quiet = ["--log_level", "critical", "--master_port", port, "--module"]
         return [_popen([*head, *count, *quiet, *program], environment, study.of(point) / "rank-0.txt")]
-    group = {"WORLD_SIZE": str(point.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = places or [Place((), "127.0.0.1", rank) for rank in range(point.world_size)]
+    group = {"WORLD_SIZE": str(point.world_size), "MASTER_ADDR": places[0].address, "MASTER_PORT": port}
     return [
         _popen(
-            [sys.executable, "-m", *program],
-            environment | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [*place.prefix, sys.executable, "-m", *program],
+            environment | group | {"RANK": str(rank), "LOCAL_RANK": str(place.local_rank)},
             study.of(point) / f"rank-{rank}.txt",
         )
-        for rank in range(point.world_size)
+        for rank, place in enumerate(places[: point.world_size])
     ]
 
 

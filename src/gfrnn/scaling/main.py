@@ -152,12 +152,13 @@ class CollectCommand:
     """MLflow's."""
 
     def __call__(self) -> None:
+        from gfrnn.scaling.group import reason
         from gfrnn.scaling.run import collect
         from gfrnn.scaling.store import Store
 
         said = self.said.read_text(errors="replace") if self.said is not None and self.said.exists() else ""
         store = Store(self.study, self.experiment)
-        collect(StudyFolder(self.study).read(), self.number, self.status, said, store)
+        collect(StudyFolder(self.study).read(), self.number, reason([self.status], [said]), store)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gfrnn.config import UserError, networks
 from gfrnn.scaling.folder import StudyFolder
 from gfrnn.scaling.grid import How, prepared
 from gfrnn.scaling.records import Point
-from gfrnn.training.memory import estimate
+from gfrnn.training.memory import Estimate, estimate
 
 _START = 20.0  # seconds until a process group trains: imports, mostly
 _SHARE = 0.5  # of the products' peak that training is assumed to reach
@@ -53,15 +53,16 @@ def plan(points: Sequence[Point], how: How, *, peak: Peak, memory: float) -> lis
         settings, config = prepared(point, how, Path("study"))
         step = networks(settings)[-1].train_flops * point.rows * point.steps
         seconds = step / (point.world_size * peak.of(point))
+        expected, there = estimate(settings, config, point.world_size, updates_alone=True), room(point, memory)
         found.append(
             Planned(
                 point,
-                estimate(settings, config, point.world_size, updates_alone=True).total,
-                int(room(point, memory)),
+                expected.total,
+                int(there),
                 step,
                 seconds,
                 _START + updates * seconds + how.sweep_seconds * (point.world_size > 1),
-                too_large(point, how, memory),
+                _refusal(expected, there),
             )
         )
     return found
@@ -70,8 +71,10 @@ def plan(points: Sequence[Point], how: How, *, peak: Peak, memory: float) -> lis
 def too_large(point: Point, how: How, memory: float) -> str:
     """Why a point cannot fit; "" if it can."""
     settings, config = prepared(point, how, Path("study"))
-    expected = estimate(settings, config, point.world_size, updates_alone=True)
-    there = room(point, memory)
+    return _refusal(estimate(settings, config, point.world_size, updates_alone=True), room(point, memory))
+
+
+def _refusal(expected: Estimate, there: float) -> str:
     if expected.total <= there:
         return ""
     return (

@@ -105,15 +105,23 @@ def outlook(
 ) -> None:
     best = max(ran, key=lambda each: each.characters_per_second / each.point.world_size)
     measured = {machine: fitted for machine, fitted in models.items() if fitted is not None}
-    places: list[tuple[str, Model, int]] = []
+    places: list[tuple[str, Model, int, float | None]] = []
+    """Name, model, processes a node, dollars a GPU-hour."""
     for machine, (model, _, _) in measured.items():
         if model.network is not None:
             name = f"this network ({machine.network})" if machine.network else "machines such as these"
-            places.append((name, model, 1 if any(each.point.nodes > 1 for each in ran) else 8))
+            places.append((name, model, 1 if any(each.point.nodes > 1 for each in ran) else 8, None))
     gpus = next((model for machine, (model, _, _) in measured.items() if machine.device != "cpu"), None)
     for cluster in clusters:
-        places.append((cluster.name, for_cluster(cluster, [best.point], gpus), cluster.gpus_per_node))
-    for name, model, per_node in places:
+        places.append(
+            (
+                cluster.name,
+                for_cluster(cluster, [best.point], gpus),
+                cluster.gpus_per_node,
+                cluster.dollars_per_gpu_hour,
+            )
+        )
+    for name, model, per_node, price in places:
         point = replace(best.point, compression="none")
         each = max(1, point.rows // point.world_size)
         strong = scaled(model, replace(point, rows=max(point.rows, 64)), ds_config_of, per_node=per_node, kind="strong")
@@ -131,7 +139,7 @@ def outlook(
             report.conclusions.append(_beyond(name, kind, found))
         if target is not None:
             worlds = [found.point.world_size for found in weak]
-            _to_target(report, name, model, point, per_node, worlds, target, _price(name, clusters))
+            _to_target(report, name, model, point, per_node, worlds, target, price)
 
 
 def _row(kind: str, found: Prediction) -> list[str]:
@@ -173,10 +181,6 @@ def model_of(machine: Machine, ran: Sequence[Measurement], sweep: Sequence[tuple
         return fit(own, timed, ds_config_of), own, timed
     except UserError:  # nothing that a model can be fitted to
         return None
-
-
-def _price(name: str, clusters: Sequence[Cluster]) -> float | None:
-    return next((cluster.dollars_per_gpu_hour for cluster in clusters if cluster.name == name), None)
 
 
 def _to_target(

@@ -49,12 +49,10 @@ def run_here(study: StudyFolder, numbers: Sequence[int], store: Store, launcher:
         send(study, store)
 
 
-def collect(study: StudyFolder, number: int, status: int, said: str, store: Store) -> None:
-    """After processes that others started: a result for a point that has none, and MLflow."""
-    from gfrnn.scaling.group import reason
-
+def collect(study: StudyFolder, number: int, why: str, store: Store) -> None:
+    """After a point's processes have ended: a failed result if it has none, whose reason is `why`, and MLflow."""
     if study.result(study.point(number)) is None:
-        _settle(study, number, reason([status], [said]))
+        _settle(study, number, why)
     _clean(study, number)
     send(study, store, [study.point(number)])  # others of the array see to theirs
 
