@@ -3,6 +3,8 @@
     sudo python benchmarks/study_links.py runs/links                     # measures what is not done yet, then checks
     sudo python benchmarks/study_links.py runs/links --json links.json
     python src/study.py report --tracking-uris sqlite:///runs/links/mlflow.db --preset demo
+    sudo python benchmarks/study_links.py runs/less --rates 100mbit --ds-configs z0 --rows 32 \
+        --compressions none bf16 powersgd topk local --train-updates 300     # what sending less costs, and gains
 
 Each rate is a study of its own (runs/links/1gbit, as study.py has them), all in one MLflow experiment; the hosts are
 network namespaces with a process each, of one thread. Then groups are held out: a rate, the ZeRO configs 1 and 2, the
@@ -40,8 +42,8 @@ from gfrnn.scaling.store import Store
 from hosts import two_hosts
 
 Results = dict[str, list[Result]]
-Checked = dict[str, tuple[Model, list[Residual]]]
-"""By rate: the model that has not seen the points, and how it does on them."""
+Checked = dict[str, list[Residual]]
+"""By rate: points beside what a model says that has not seen them."""
 
 
 def measure(folder: Path, rate: str, args: argparse.Namespace) -> list[Result]:
@@ -51,6 +53,7 @@ def measure(folder: Path, rate: str, args: argparse.Namespace) -> list[Result]:
         updates=args.updates,
         repeats=args.repeats,
         sweep_seconds=args.sweep_seconds,
+        train_updates=args.train_updates,
         network=rate,
         threads=1,
     )
@@ -60,8 +63,9 @@ def measure(folder: Path, rate: str, args: argparse.Namespace) -> list[Result]:
         world_sizes=(2,),
         nodes=(2,),
         rows=tuple(args.rows),
+        compressions=tuple(args.compressions),
     )
-    alone = dataclasses.replace(grid, world_sizes=(1,), nodes=(1,), ds_configs=("z0",))
+    alone = dataclasses.replace(grid, world_sizes=(1,), nodes=(1,), ds_configs=("z0",), compressions=("none",))
     study = StudyFolder(folder / rate)
     study.begin([*expand(alone, how), *expand(grid, how)], how)
     store = Store(study.path, "gfrnn-study")
@@ -73,6 +77,20 @@ def measure(folder: Path, rate: str, args: argparse.Namespace) -> list[Result]:
             collect(study, number, measured_here(study, number, "plain", places), store)
     found = [study.result(point) for point in study.points]
     return [each for each in found if each is not None and not each.measurement.failed]
+
+
+def points_table(found: Results) -> Table:
+    """What each point took and, if it was trained, learned."""
+    table = Table(title="Points")
+    for column in ("point", "rate", "ms an update", "waiting", "MB an update", "characters/s", "BPC"):
+        table.add_column(column, justify="left" if column in ("point", "rate") else "right")
+    for rate, results in found.items():
+        for each in (result.measurement for result in results):
+            bpc = "" if each.bpc is None else f"{each.bpc:.3f}"
+            sent, speed = f"{sum(each.bytes.values()) / 1e6:.2f}", f"{each.characters_per_second:,.0f}"
+            step, share = f"{1e3 * each.step_seconds:.0f}", f"{each.communication_share:.0%}"
+            table.add_row(each.point.name, rate, step, share, sent, speed, bpc)
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------- held out
@@ -90,7 +108,7 @@ def sweep_of(results: Sequence[Result]) -> list[Timed]:
 def rates(found: Results) -> Checked:
     """Each rate from the others: how fast processes compute, and what they wait for beyond the network."""
     checked: Checked = {}
-    for held, results in found.items():
+    for held, results in found.items() if len(found) > 1 else ():
         rest = [other for rate, other in found.items() if rate != held]
         others = [model_of(other) for other in rest]
         pooled = [  # what processes compute does not depend on the network
@@ -106,7 +124,7 @@ def rates(found: Results) -> Checked:
             exposed=least([model.exposed for model in others]),
             copying=least([model.copying for model in others]),  # what more a slow network shows is its own
         )
-        checked[held] = (model, check(model, results))
+        checked[held] = check(model, results)
     return checked
 
 
@@ -123,18 +141,12 @@ def within(found: Results, held: Callable[[Measurement], bool]) -> Checked:
         if not rest or len(rest) == len(results):
             continue
         model = fit([each.measurement for each in rest], sweep_of(rest), ds_config_of)
-        checked[rate] = (model, check(model, [each for each in results if held(each.measurement)]))
+        checked[rate] = check(model, [each for each in results if held(each.measurement)])
     return checked
 
 
 def check(model: Model, results: Sequence[Result]) -> list[Residual]:
     return residuals(model, [each.measurement for each in results], ds_config_of)
-
-
-def blind(model: Model, checked: Sequence[Residual]) -> list[float]:
-    """Relative errors where nothing of the points is known, not even the products that were timed beside them."""
-    unknown = [dataclasses.replace(each.measurement, peak_flops=0.0, products=()) for each in checked]
-    return [each.error for each in residuals(model, unknown, ds_config_of)]
 
 
 def groups(found: Results) -> dict[str, Checked]:
@@ -168,27 +180,28 @@ def main() -> None:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--ds-configs", nargs="+", default=["z0", "z1", "z2", "z3"])
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--compressions", nargs="+", default=["none"])
+    parser.add_argument("--train-updates", type=int, default=0)
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sweep-seconds", type=float, default=2.0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = {rate: measure(args.folder, rate, args) for rate in args.rates}
-    caption = (
-        f"bytes: theory is {off(found):.2%} off those counted at most. Blind: without the products that were timed "
-        "beside each point, which say how fast the machine was then"
-    )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(points_table(found))
+    caption = f"bytes: theory is {off(found):.2%} off those counted at most"
     table = Table(title="Held out", caption=caption)
-    for column in ("what", "rate", "points", "median error", "worst", "inside 90 %", "blind: median", "worst"):
+    for column in ("what", "rate", "points", "median error", "worst", "inside 90 %"):
         table.add_column(column, justify="left" if column in ("what", "rate") else "right")
     kept: dict[str, Any] = {}
     for what, by_rate in groups(found).items():
         everywhere: list[float] = []
-        for rate, (model, checked) in by_rate.items():
-            errors, unknown = [each.error for each in checked], blind(model, checked)
+        for rate, checked in by_rate.items():
+            errors = [each.error for each in checked]
             everywhere += errors
             inside = sum(each.inside for each in checked)
-            table.add_row(what, rate, str(len(checked)), *sizes(errors), str(inside), *sizes(unknown))
+            table.add_row(what, rate, str(len(checked)), *sizes(errors), str(inside))
             kept.setdefault(what, {})[rate] = [
                 {
                     "point": each.measurement.point.name,
@@ -197,14 +210,14 @@ def main() -> None:
                     "low_s": each.prediction.low,
                     "high_s": each.prediction.high,
                     "error": each.error,
-                    "blind_error": error,
                 }
-                for each, error in zip(checked, unknown, strict=True)
+                for each in checked
             ]
         if everywhere:
             table.add_row("", "all", str(len(everywhere)), *sizes(everywhere))
         table.add_section()
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if kept:
+        console.print(table)
     if args.json is not None:
         about = {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "bytes_off": off(found)}
         args.json.write_text(json.dumps({"about": about, "held_out": kept}, indent=1) + "\n")

@@ -122,7 +122,6 @@ class Model:
         ds_config: dict[str, Any],
         *,
         sent: list[Message] | None = None,
-        beside: Measurement | None = None,
         compared: Point | None = None,
     ) -> Prediction:
         """A step of `point`.
@@ -130,9 +129,6 @@ class Model:
         Args:
             ds_config: from resolve_ds_config, for this point.
             sent: what it sends, if not by theory (messages.py), which knows no compression but bf16.
-            beside: the point's measurement, of which its products are used, and the peak of large ones: how fast the
-                machine was there and then. Without it those of measured points with the nearest number of processes,
-                which say how much processes of a machine slow one another.
             compared: the one process that efficiency is against; without it one with as many rows a process.
 
         Raises UserError if there is no sweep for several processes, or nothing was measured in this dtype.
@@ -140,8 +136,8 @@ class Model:
         settings = preset(point.preset)
         each = math.ceil(point.rows / point.world_size)
         compared = compared or dataclasses.replace(point, world_size=1, nodes=1, rows=each)
-        base = self._estimate(compared, settings, ds_config, [], None)
-        found = self._estimate(point, settings, ds_config, sent, beside)
+        base = self._estimate(compared, settings, ds_config, [])
+        found = self._estimate(point, settings, ds_config, sent)
         seconds = found.seconds
         sure = float(stdtrit(self.spare, 0.5 + INTERVAL / 2)) if math.isfinite(self.spare) else 1.645
         wide = math.exp(sure * math.hypot(self._deviation(point, found, None), self.spread))
@@ -171,9 +167,14 @@ class Model:
         settings: Settings,
         ds_config: dict[str, Any],
         compute: Compute,
-        beside: Measurement | None,
+        beside: Measurement | None = None,
     ) -> Load:
-        """What the busiest process of a point does. beside: as for `predict`."""
+        """What the busiest process of a point does.
+
+        beside: the point's measurement, of which its products are used, and the peak of large ones: how fast the
+            machine was there and then. Without it those of measured points with the nearest number of processes, which
+            say how much processes of a machine slow one another.
+        """
         parameters, counts = parameter_elements(settings), sizes(settings)
         micro_batches = ds_config["gradient_accumulation_steps"]
         rows = math.ceil(math.ceil(point.rows / point.world_size) / micro_batches) * micro_batches
@@ -226,10 +227,9 @@ class Model:
         settings: Settings,
         ds_config: dict[str, Any],
         sent: list[Message] | None,
-        beside: Measurement | None,
     ) -> _Estimate:
         compute, doublings = self.compute_of(point, settings)
-        load = self.load(point, settings, ds_config, compute, beside)
+        load = self.load(point, settings, ds_config, compute)
         parts = compute.seconds(load)
         computed = sum(parts.values())
         low, high = compute.rows

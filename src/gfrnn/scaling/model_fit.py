@@ -155,7 +155,7 @@ def _with_spread(model: Model, used: Sequence[Measurement], ds_config_of: Config
     """With the errors that are left, or those of the points' own repetitions if these are larger."""
     rest = []
     for each in used:
-        predicted = model.predict(each.point, ds_config_of(each.point), beside=each)
+        predicted = model.predict(each.point, ds_config_of(each.point))
         rest.append(math.log(predicted.step_seconds / each.step_seconds))
     constants = sum(max(len(part.terms) for part in each.parts.values()) for each in model.computes.values())
     spare = max(1, len(rest) - constants - len(model.exposed))

@@ -67,9 +67,9 @@ class Residual(NamedTuple):
 
 
 def residuals(model: Model, measurements: Sequence[Measurement], ds_config_of: Configs) -> list[Residual]:
-    """Of each point that was measured, in their order; with the products that were timed beside it."""
+    """Of each point that was measured, in their order."""
     return [
-        Residual(each, model.predict(each.point, ds_config_of(each.point), sent=_sent(each), beside=each))
+        Residual(each, model.predict(each.point, ds_config_of(each.point), sent=_sent(each)))
         for each in measurements
         if not each.failed
     ]
@@ -109,7 +109,7 @@ def held_out(
     ds_config_of: Configs,
     group: Callable[[Measurement], Hashable],
 ) -> HeldOut:
-    """Fit without a group's points, predict them. The sweep and the timed products stay: they are no training."""
+    """Fit without a group's points, predict them. The sweep stays: it is no training."""
     members: dict[Hashable, list[Measurement]] = defaultdict(list)
     for each in usable(measurements):
         members[group(each)].append(each)
