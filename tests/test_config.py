@@ -117,6 +117,10 @@ def test_out_of_range_is_refused_by_flag_and_value(name: str, value: float) -> N
         ({"unit": "mrnn"}, "--num-layers 1 --feedback none"),
         ({"unit": "gru", "forget_bias": 1.0}, "--forget-bias"),
         ({"hidden_bias": True}, "--hidden-bias"),
+        (
+            {"unit": "gru", "forget_bias": 0.0, "cap_input_gate": True},
+            "--cap-input-gate belongs to --unit lstm, not gru",
+        ),
         ({"max_updates": 0, "max_epochs": 0}, "--max-updates and --max-epochs"),
         ({"final_learning_rate": 0.1}, "--final-learning-rate"),
         ({"compression": "topk", "compression_share": 1.1}, "--compression-share is 1.1"),
@@ -179,7 +183,7 @@ def test_unknown_settings_are_refused() -> None:
 
 def test_a_setting_that_an_older_version_lacked_gets_its_default() -> None:
     values = preset("demo").to_json()
-    del values["model"]["residual"]
+    del values["model"]["residual"], values["model"]["cap_input_gate"]
     assert Settings.from_json(values) == preset("demo")
 
 

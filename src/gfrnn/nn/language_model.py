@@ -60,6 +60,7 @@ class SymbolRNN(nn.Module):
                 dropout=settings.dropout,
                 layer_norm=settings.layer_norm,
                 hidden_bias=settings.hidden_bias,
+                cap_input_gate=settings.cap_input_gate,
                 recompute=recompute,
                 cuda=cuda,
                 **options,

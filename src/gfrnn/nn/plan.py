@@ -28,6 +28,7 @@ class Plan:
     output_skips: bool
     residual: bool
     layer_norm: bool
+    cap_input_gate: bool = False
     compute_dtype: torch.dtype | None = None
     """Of the operands of products; None: that of the parameters. Accumulation, cell and gates keep the latter."""
 

@@ -77,6 +77,9 @@ def recurrence_reference(
             a_unit = squash(a_unit, slice(H, GH))
             if plan.unit == "lstm":
                 i_gate, f_gate, o_gate = torch.sigmoid(a_unit).chunk(3, dim=1)
+                if plan.cap_input_gate:  # not torch.minimum, whose gradient at equality is shared out
+                    most = 1 - f_gate
+                    i_gate = torch.where(i_gate >= most, most, i_gate)
                 c[j] = f_gate * c[j] + i_gate * torch.tanh(squash(a[:, :H] + s, slice(0, H)))
                 cell = c[j]
                 if w.cell_gain is not None and w.cell_bias is not None:
