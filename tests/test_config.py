@@ -161,6 +161,8 @@ def test_the_task_goes_with_the_preset() -> None:
     programs = preset("programs-demo")
     asked = dataclasses.replace(programs, batch=dataclasses.replace(programs.batch, steps=7))
     assert without_effect(asked) == ["--steps has no effect on --task programs"]
+    asked = dataclasses.replace(programs, run=dataclasses.replace(programs.run, gates=True))
+    assert without_effect(asked) == ["--gates has no effect on --task programs"]
     text = dataclasses.replace(preset("demo"), programs=ProgramSettings(nesting=3))
     assert without_effect(text) == ["--nesting has no effect on --task text"]
 
@@ -183,7 +185,7 @@ def test_unknown_settings_are_refused() -> None:
 
 def test_a_setting_that_an_older_version_lacked_gets_its_default() -> None:
     values = preset("demo").to_json()
-    del values["model"]["residual"], values["model"]["cap_input_gate"]
+    del values["model"]["residual"], values["model"]["cap_input_gate"], values["run"]["gates"]
     assert Settings.from_json(values) == preset("demo")
 
 

@@ -449,6 +449,23 @@ def test_dense_input_and_a_start_that_want_gradients(captured: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_watched_states_and_gates(captured: bool) -> None:
+    """As the plain loop's, whatever a graph's memory is used for next."""
+    rnn = network(captured, unit="lstm", recompute=2)
+    segments = [torch.randint(6, (3, 2), device=DEVICE) for _ in range(3)]
+    found: dict[bool, list[Tensor]] = {}
+    for reference in (False, True):
+        rnn.reference, seen = reference, found.setdefault(reference, [])
+        for segment in segments:
+            pieces: list[tuple[Tensor, Tensor]] = []
+            with torch.no_grad():
+                rnn(segment, watch=lambda hs, g, pieces=pieces: pieces.append((hs.clone(), g.clone())))
+            seen += [torch.cat(part) for part in zip(*pieces, strict=True)]
+    assert [tuple(part.shape) for part in found[False][:2]] == [(3, 2, 5, 2), (3, 2, 2, 2)]
+    for got, want in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("captured", [True], indirect=True, ids=["graphs"])
 def test_graphs_are_used_again(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture a shape and direction, however many calls; memory for as many calls as are open at once."""

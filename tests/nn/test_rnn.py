@@ -162,6 +162,42 @@ def test_function_equals_plain_loop(unit, feedback, gates, skips, layer_norm):
         assert sum(float(g.abs().sum() > 0) for g in wanted) == len(wanted)  # nothing was left out of the comparison
 
 
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(("unit", "feedback"), list(itertools.product([*UNITS, CAPPED], FEEDBACK)))
+def test_watched_states_and_gates_are_the_plain_loops(unit, feedback, layer_norm, recompute):
+    """Of every step once, in order; with a backward to come and without; and watching changes no bit."""
+    rnn = make(unit, feedback, "all", "residual_skips", layer_norm=layer_norm, recompute=recompute)
+    x, state = torch.randn(5, 2, 3, dtype=torch.float64), start(rnn, 2)
+    given = {"lengths": torch.tensor([5, 3])}
+    expected, wanted = run_with_gradients(rnn, x, state, **given)
+
+    def watched(reference, backward):
+        seen = []
+        rnn.reference = reference
+        given["watch"] = lambda hs, g: seen.append([hs.clone(), None if g is None else g.clone()])
+        with torch.set_grad_enabled(backward):
+            found = run_with_gradients(rnn, x, state, **given) if backward else ([rnn(x, state, **given)[0]], [])
+        hs, gates = zip(*seen, strict=True)
+        return found, torch.cat(hs), torch.cat(gates) if feedback == "gated" else None
+
+    _, hs_plain, gates_plain = watched(True, False)
+    assert hs_plain.shape == (5, 3, 4, 2)
+    assert gates_plain is None or gates_plain.shape == (5, 3, 3, 2)
+    if gates_plain is not None:  # of layer 0 at the second step, by their equation
+        above = rnn.weight_ih_l0[rnn.plan.unit_rows :] @ x[1].T + rnn.bias_l0[rnn.plan.unit_rows :].unsqueeze(1)
+        torch.testing.assert_close(
+            gates_plain[1, 0], torch.sigmoid(above + rnn.weight_hg_l0 @ hs_plain[0].flatten(0, 1))
+        )
+    for reference, backward in ((True, True), (False, False), (False, True)):
+        (outputs, gradients), hs, gates = watched(reference, backward)
+        torch.testing.assert_close(hs, hs_plain, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gates, gates_plain, rtol=1e-12, atol=1e-12)
+        if not reference:
+            assert all(map(torch.equal, outputs, expected))
+            assert all(map(torch.equal, gradients, wanted[: len(gradients)]))
+
+
 SHAPES = [(3, 5, 1, 1, 1), (7, 13, 2, 1, 3), (4, 33, 3, 9, 1), (1, 1, 2, 3, 2), (5, 24, 4, 6, 7)]  # I, H, L, T, B
 
 

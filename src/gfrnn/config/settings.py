@@ -218,6 +218,8 @@ class RunSettings:
     """Parallel streams in validation and test while training."""
     eval_warmup: int = 500
     """Bytes read before a stream's first scored one."""
+    gates: bool = False
+    """With each validation, record every global gate's mean and every layer's timescale (text; metrics.jsonl)."""
     patience: int = 0
     """End after so many validations without a new best; 0: never."""
     checkpoint_every: int = 1000

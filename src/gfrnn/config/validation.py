@@ -193,6 +193,7 @@ _OF_TEXT = {
     "reset_every",
     "reset_probability",
     "valid_bytes",
+    "gates",
     "sample_length",
     "eval_streams",
     "eval_warmup",

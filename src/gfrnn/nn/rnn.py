@@ -26,7 +26,7 @@ from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import read_input
 from gfrnn.nn.lengths import check_lengths
 from gfrnn.nn.noise import PLACE_BELOW, PLACE_WEIGHT, Noise
-from gfrnn.nn.plan import LayerWeights, Plan
+from gfrnn.nn.plan import LayerWeights, Plan, Watch
 from gfrnn.nn.recurrence import recurrence
 from gfrnn.nn.reference import recurrence_reference
 
@@ -179,7 +179,13 @@ class GatedFeedbackRNN(nn.Module):
             self.get_parameter(f"bias_l{j}").data[2 * H : 3 * H] = value
 
     def forward(
-        self, input: Tensor, state: State | None = None, *, lengths: Tensor | None = None, noise: Noise | None = None
+        self,
+        input: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        noise: Noise | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, State]:
         """Runs T steps.
 
@@ -191,6 +197,7 @@ class GatedFeedbackRNN(nn.Module):
                 row's state stays as it was and its output is zero, whatever (finite) the input is; no gradient comes
                 from there. On CUDA the values are not checked.
             noise: where dropout masks come from; None draws fresh ones, as nn.Dropout does. Unused in eval mode.
+            watch: told of states and global gates as they come (plan.py); it changes nothing.
 
         Returns:
             output [T, B, H] ([.., L * H] with output skips) and the state after each row's last step; fp32 of bf16
@@ -235,7 +242,7 @@ class GatedFeedbackRNN(nn.Module):
             mask_LBH = torch.stack(masks).to(dtype)
 
         run = recurrence_reference if self.reference else partial(recurrence, graphs=self.graphs, fused=self.fused)
-        y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, lengths, weights)
+        y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, lengths, weights, watch=watch)
         h_LBH = h_BLH.transpose(0, 1)
         c_LBH = c_next_BLH.transpose(0, 1) if c_next_BLH is not None else None
         if not batched:

@@ -92,6 +92,12 @@ class Trace:
     kept: list[list[_Kept]]
     """By step and layer."""
 
+    @property
+    def g_TLLB(self) -> Tensor | None:
+        """[T, L target, L source, B] global gates; before backward has run."""
+        gates = [now.g_LB for kept_L in self.kept for now in kept_L if now.g_LB is not None]
+        return torch.stack(gates).unflatten(0, (len(self.kept), -1)) if gates else None
+
 
 class Steps:
     """Runs steps, and back."""
