@@ -36,6 +36,7 @@ from gfrnn.runs import RunFolder, replace_file, versions, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 Array = npt.NDArray[np.float64]
 FEWEST = 3  # points that have a correlation
@@ -119,7 +120,7 @@ def draw(histories: Sequence[History], path: Path) -> None:
     """Writes a PNG, SVG or PDF by its name: a row a run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 3.4 * len(histories)), layout="constrained")  # not pyplot's: no screen is needed
+    figure = Figure(figsize=(15, 4.0 * len(histories)), layout="constrained")  # not pyplot's: no screen is needed
     rows = figure.subplots(len(histories), 5, squeeze=False, width_ratios=(1, 1, 1.5, 1.2, 1.2))
     shown = [gate for history in histories for gate in (history.gates[0], history.gates[-1])]
     colours = {"vmin": min(map(np.min, shown)), "vmax": max(map(np.max, shown))}
@@ -152,6 +153,7 @@ def _matrix(axes: Axes, gate_LL: Array, title: str, colours: dict[str, float]) -
 
 
 def _gates(axes: Axes, history: History) -> None:
+    """A curve each: its colour is the layer to which, its dashes the layer from which."""
     L = history.gates.shape[1]
     for i in range(L):
         for j in range(L):
@@ -164,7 +166,7 @@ def _gates(axes: Axes, history: History) -> None:
                 label=f"{i + 1} to {j + 1}",
             )
     axes.set(xlabel="updates", ylabel="mean gate")
-    axes.legend(frameon=False, fontsize="x-small", ncols=L, title="colour: to; dashes: from", title_fontsize="x-small")
+    _legend(axes, ncols=L)
 
 
 def _timescales(axes: Axes, history: History) -> None:
@@ -172,20 +174,38 @@ def _timescales(axes: Axes, history: History) -> None:
         marker = "." if len(own_N) < 30 else ""
         axes.plot(history.steps, own_N, marker=marker, color=_COLOURS[j % len(_COLOURS)], label=f"layer {j + 1}")
     axes.set(xlabel="updates", ylabel="timescale, steps", yscale="log")
-    axes.legend(frameon=False, fontsize="x-small")
+    _plain(axes.yaxis)
+    _legend(axes, ncols=len(history.timescales.T))
 
 
 def _against(axes: Axes, history: History) -> None:
     now, found = last(history), correlations([last(history)])
     gate_LL, tau_L = now.gates[0], now.timescales[0]
-    for name, values, marker in (("from", tau_L[:, None], "o"), ("to", tau_L[None, :], "x")):
+    for name, values, marker in (("from", tau_L[:, None], "o"), ("to", tau_L[None, :], "x")):  # a gate is there twice
         each = found[name]
         rho = "no correlation" if each.value is None else f"rank correlation {each.value:+.2f}"
         x = np.broadcast_to(values, gate_LL.shape).ravel()
         axes.plot(x, gate_LL.ravel(), marker, label=f"of the layer {name}: {rho}")
     axes.set(xlabel="timescale, steps", ylabel="mean gate", xscale="log")
     axes.set_title(f"update {now.steps[0]:.0f}, {gate_LL.size} gates", fontsize=10)
-    axes.legend(frameon=False, fontsize="x-small")
+    _plain(axes.xaxis)
+    _legend(axes)
+
+
+def _plain(axis: Axis) -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5 of each decade, or more where it is short, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high > 5 * low else tuple(range(1, 10))))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _legend(axes: Axes, ncols: int = 1) -> None:
+    """Below, where no curve is."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    axes.legend(frameon=False, fontsize="x-small", ncols=min(ncols, 5), **place)
 
 
 # What is said ---------------------------------------------------------------------------------------------------
