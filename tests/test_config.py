@@ -117,6 +117,10 @@ def test_out_of_range_is_refused_by_flag_and_value(name: str, value: float) -> N
         ({"unit": "mrnn"}, "--num-layers 1 --feedback none"),
         ({"unit": "gru", "forget_bias": 1.0}, "--forget-bias"),
         ({"hidden_bias": True}, "--hidden-bias"),
+        (
+            {"unit": "gru", "forget_bias": 0.0, "cap_input_gate": True},
+            "--cap-input-gate belongs to --unit lstm, not gru",
+        ),
         ({"max_updates": 0, "max_epochs": 0}, "--max-updates and --max-epochs"),
         ({"final_learning_rate": 0.1}, "--final-learning-rate"),
         ({"compression": "topk", "compression_share": 1.1}, "--compression-share is 1.1"),
@@ -157,6 +161,8 @@ def test_the_task_goes_with_the_preset() -> None:
     programs = preset("programs-demo")
     asked = dataclasses.replace(programs, batch=dataclasses.replace(programs.batch, steps=7))
     assert without_effect(asked) == ["--steps has no effect on --task programs"]
+    asked = dataclasses.replace(programs, run=dataclasses.replace(programs.run, gates=True))
+    assert without_effect(asked) == ["--gates has no effect on --task programs"]
     text = dataclasses.replace(preset("demo"), programs=ProgramSettings(nesting=3))
     assert without_effect(text) == ["--nesting has no effect on --task text"]
 
@@ -179,7 +185,7 @@ def test_unknown_settings_are_refused() -> None:
 
 def test_a_setting_that_an_older_version_lacked_gets_its_default() -> None:
     values = preset("demo").to_json()
-    del values["model"]["residual"]
+    del values["model"]["residual"], values["model"]["cap_input_gate"], values["run"]["gates"]
     assert Settings.from_json(values) == preset("demo")
 
 

@@ -323,6 +323,8 @@ class _GatedFeedback:
         if self.plan.unit == "tanh":
             return n, None
         i, f, o = gates
+        if self.plan.cap_input_gate:
+            i = graph("Min", i, graph("Sub", graph.constant(1.0, dtype=np.float32, scalar=True), f))
         c = cell = graph("Add", graph("Mul", f, c), graph("Mul", i, n))
         if w.cell_gain is not None and w.cell_bias is not None:
             cell = self._layer_norm(cell, f"norm_cell_l{j}", _array(w.cell_gain), _array(w.cell_bias))

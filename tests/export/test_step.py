@@ -29,7 +29,10 @@ OPTIONS = {
     "layer_norm": (False, True),
     "embedding_size": (0, 7),
     "hidden_bias": (False, True),
+    "cap_input_gate": (False, True),
 }
+ONLY = {"hidden_bias": "gru", "cap_input_gate": "lstm"}
+"""The unit of an option that one alone has."""
 
 
 def pairs(options: dict[str, Any]) -> set[Any]:
@@ -39,7 +42,7 @@ def pairs(options: dict[str, Any]) -> set[Any]:
 def every_pair() -> list[dict[str, Any]]:
     """Few combinations in which every value of an option meets every value of each other."""
     all_of_them = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
-    possible = [each for each in all_of_them if not each["hidden_bias"] or each["unit"] == "gru"]
+    possible = [each for each in all_of_them if all(each["unit"] == unit for key, unit in ONLY.items() if each[key])]
     to_meet = set().union(*map(pairs, possible))
     chosen = []
     while to_meet:

@@ -110,6 +110,29 @@ def test_what_a_precision_costs_is_measured(
     assert metadata.bpc["exported"] == pytest.approx(np.mean(bits), abs=1e-9)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_capped_input_gate(
+    precision: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is in the file, and what it computes is what was trained: without the cap, other bits."""
+    capped = dataclasses.replace(SMALL, cap_input_gate=True)
+    settings = dataclasses.replace(preset("demo"), model=capped)
+    run = save_run(tmp_path / "run", settings, language_model(capped, spread=1.3))
+    found = {"output": tmp_path / "step.onnx", "json": tmp_path / "f.json"}
+    flags = [word for name, value in found.items() for word in (f"--{name}", value)]
+    to_onnx(monkeypatch, run, "--text-file", text_file, "--precision", precision, "--max-cost", "0.02", *flags)
+    assert "error" not in capsys.readouterr().err
+    figures = json.loads(found["json"].read_text())
+    most = {"fp32": 1e-5, "int8": 0.02}[precision]
+    assert figures["exported_bpc"] == pytest.approx(figures["trained_bpc"], abs=most)
+    size = len(TEXT) // 32
+    pieces = [np.frombuffer(TEXT[k * size : (k + 1) * size], np.uint8) for k in range(32)]
+    free = language_model(spread=1.3)
+    bits = sum(score(free, piece, streams=1, warmup=0).bits for piece in pieces)
+    assert abs(figures["trained_bpc"] - bits / (32 * size)) > 0.02
+    assert Session(found["output"], "cpu").metadata.settings["cap_input_gate"]
+
+
 def test_weights_too_large_for_one_file_lie_beside_it(
     run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

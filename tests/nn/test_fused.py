@@ -23,6 +23,8 @@ from gfrnn.nn.plan import LayerWeights, Plan
 from gfrnn.nn.reference import recurrence_reference
 
 UNITS = ["tanh", "gru", "lstm"]
+CAPPED = "capped-lstm"
+"""The LSTM with its input gate capped, where units are listed."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -67,8 +69,10 @@ def make(
     ragged: rows have lengths, of which one is T.
     """
     L, H, T, B = sizes
-    plan = Plan(unit, L, H, feedback, gates, "i" in skips, "o" in skips, "r" in skips, layer_norm=False)
     generator = torch.Generator().manual_seed(hash_of(unit, feedback, gates, *sizes, skips))
+    capped = unit == CAPPED
+    unit = "lstm" if capped else unit
+    plan = Plan(unit, L, H, feedback, gates, "i" in skips, "o" in skips, "r" in skips, False, capped)
     K, GH, scale = plan.rows, plan.unit_rows, 1 / (L * H) ** 0.5
 
     def draw(*shape: int, std: float = 1.0) -> Tensor:
@@ -231,7 +235,11 @@ def check_rounded(case: Case) -> None:
         assert 0 < (near - exact).norm() <= 0.03 * exact.norm()
 
 
-KINDS = list(itertools.product(UNITS, ["gated", "full", "none"], ["all", "own"]))
+KINDS = [
+    *itertools.product(UNITS, ["gated", "full", "none"], ["all", "own"]),
+    (CAPPED, "gated", "own"),
+    (CAPPED, "none", "all"),
+]
 OPTIONS = [
     {"skips": "i"},
     {"skips": "io", "mask": True, "ragged": True},
@@ -255,7 +263,7 @@ def test_equals_the_plain_loop(kind: tuple[str, str, str]) -> None:
     check_rounded(case)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [*UNITS, CAPPED])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 7, 2, 3), (2, 5, 1, 1), (3, 1, 2, 2), (2, 2, 1, 70)], ids=str)
 def test_odd_sizes(unit: str, sizes: tuple[int, int, int, int]) -> None:
     """One layer, one unit, one step, one row, more rows than a block."""
@@ -359,6 +367,8 @@ def captured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def network(captured: bool, **options: Any) -> GatedFeedbackRNN:
     torch.manual_seed(0)
+    if options.get("unit") == CAPPED:
+        options |= {"unit": "lstm", "cap_input_gate": True}
     rnn = GatedFeedbackRNN(
         6, 5, 2, input_skips=True, **options, cuda="graphs" if captured else "kernels", device=DEVICE
     )
@@ -381,7 +391,7 @@ def trained(rnn: GatedFeedbackRNN, segments: list[Tensor], **kwargs: Any) -> lis
     return [*outputs, *(p.grad.clone() for p in rnn.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize(("unit", "recompute"), [("tanh", 0), ("gru", 0), ("lstm", 2)])
+@pytest.mark.parametrize(("unit", "recompute"), [("tanh", 0), ("gru", 0), ("lstm", 2), (CAPPED, 2)])
 def test_the_layer(captured: bool, unit: str, recompute: int) -> None:
     """As the plain loop: segments of several lengths, new weights between calls, dropout, no gradients, twice back."""
     rnn = network(captured, unit=unit, recompute=recompute, dropout=0.3, input_dropout=0.2, weight_dropout=0.1)
@@ -437,6 +447,23 @@ def test_dense_input_and_a_start_that_want_gradients(captured: bool) -> None:
         found[reference] = torch.autograd.grad(y.sum() + (h * c).sum(), [x, *state])
     for got, want in zip(found[False], found[True], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_watched_states_and_gates(captured: bool) -> None:
+    """As the plain loop's, whatever a graph's memory is used for next."""
+    rnn = network(captured, unit="lstm", recompute=2)
+    segments = [torch.randint(6, (3, 2), device=DEVICE) for _ in range(3)]
+    found: dict[bool, list[Tensor]] = {}
+    for reference in (False, True):
+        rnn.reference, seen = reference, found.setdefault(reference, [])
+        for segment in segments:
+            pieces: list[tuple[Tensor, Tensor]] = []
+            with torch.no_grad():
+                rnn(segment, watch=lambda hs, g, pieces=pieces: pieces.append((hs.clone(), g.clone())))
+            seen += [torch.cat(part) for part in zip(*pieces, strict=True)]
+    assert [tuple(part.shape) for part in found[False][:2]] == [(3, 2, 5, 2), (3, 2, 2, 2)]
+    for got, want in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("captured", [True], indirect=True, ids=["graphs"])

@@ -14,6 +14,8 @@ from gfrnn.config import ModelSettings, model_sizes, presets
 from gfrnn.nn import GatedFeedbackRNN, LanguageModel, MultiplicativeRNN, Noise, gradients
 
 UNITS = ["tanh", "gru", "lstm"]
+CAPPED = "capped-lstm"
+"""The LSTM with its input gate capped, where units are listed."""
 FEEDBACK = ["gated", "full", "none"]
 SKIPS = {
     "plain": {},
@@ -24,12 +26,15 @@ SKIPS = {
 }
 KINDS = [
     pytest.param(unit, feedback, gates, skips, id=f"{unit}-{feedback}-{gates}-{skips}")
-    for unit, feedback, gates, skips in itertools.product(UNITS, FEEDBACK, ["all", "own"], SKIPS)
+    for unit, feedback, gates, skips in itertools.product([*UNITS, CAPPED], FEEDBACK, ["all", "own"], SKIPS)
+    if unit != CAPPED or skips in ("plain", "residual_skips")  # which have nothing to do with it
 ]
 
 
 def make(unit: str, feedback: str, gates: str, skips: str, sizes_: tuple[int, int, int] = (3, 4, 3), **options):
     torch.manual_seed(0)
+    if unit == CAPPED:
+        unit, options = "lstm", {**options, "cap_input_gate": True}
     rnn = GatedFeedbackRNN(
         *sizes_, unit=unit, feedback=feedback, unit_gates=gates, **SKIPS[skips], **options, dtype=torch.float64
     )
@@ -157,6 +162,42 @@ def test_function_equals_plain_loop(unit, feedback, gates, skips, layer_norm):
         assert sum(float(g.abs().sum() > 0) for g in wanted) == len(wanted)  # nothing was left out of the comparison
 
 
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(("unit", "feedback"), list(itertools.product([*UNITS, CAPPED], FEEDBACK)))
+def test_watched_states_and_gates_are_the_plain_loops(unit, feedback, layer_norm, recompute):
+    """Of every step once, in order; with a backward to come and without; and watching changes no bit."""
+    rnn = make(unit, feedback, "all", "residual_skips", layer_norm=layer_norm, recompute=recompute)
+    x, state = torch.randn(5, 2, 3, dtype=torch.float64), start(rnn, 2)
+    given = {"lengths": torch.tensor([5, 3])}
+    expected, wanted = run_with_gradients(rnn, x, state, **given)
+
+    def watched(reference, backward):
+        seen = []
+        rnn.reference = reference
+        given["watch"] = lambda hs, g: seen.append([hs.clone(), None if g is None else g.clone()])
+        with torch.set_grad_enabled(backward):
+            found = run_with_gradients(rnn, x, state, **given) if backward else ([rnn(x, state, **given)[0]], [])
+        hs, gates = zip(*seen, strict=True)
+        return found, torch.cat(hs), torch.cat(gates) if feedback == "gated" else None
+
+    _, hs_plain, gates_plain = watched(True, False)
+    assert hs_plain.shape == (5, 3, 4, 2)
+    assert gates_plain is None or gates_plain.shape == (5, 3, 3, 2)
+    if gates_plain is not None:  # of layer 0 at the second step, by their equation
+        above = rnn.weight_ih_l0[rnn.plan.unit_rows :] @ x[1].T + rnn.bias_l0[rnn.plan.unit_rows :].unsqueeze(1)
+        torch.testing.assert_close(
+            gates_plain[1, 0], torch.sigmoid(above + rnn.weight_hg_l0 @ hs_plain[0].flatten(0, 1))
+        )
+    for reference, backward in ((True, True), (False, False), (False, True)):
+        (outputs, gradients), hs, gates = watched(reference, backward)
+        torch.testing.assert_close(hs, hs_plain, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gates, gates_plain, rtol=1e-12, atol=1e-12)
+        if not reference:
+            assert all(map(torch.equal, outputs, expected))
+            assert all(map(torch.equal, gradients, wanted[: len(gradients)]))
+
+
 SHAPES = [(3, 5, 1, 1, 1), (7, 13, 2, 1, 3), (4, 33, 3, 9, 1), (1, 1, 2, 3, 2), (5, 24, 4, 6, 7)]  # I, H, L, T, B
 
 
@@ -164,7 +205,7 @@ SHAPES = [(3, 5, 1, 1, 1), (7, 13, 2, 1, 3), (4, 33, 3, 9, 1), (1, 1, 2, 3, 2), 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("symbols", [False, True])
 @pytest.mark.parametrize(("feedback", "gates"), [("none", "all"), ("full", "own"), ("gated", "all"), ("gated", "own")])
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [*UNITS, CAPPED])
 def test_function_equals_plain_loop_as_it_trains(unit, feedback, gates, symbols, ragged, shape):
     """In fp32 and bf16, which take other products than the checks in float64; sizes that no vector unit likes."""
     inputs, H, L, T, B = shape
@@ -193,10 +234,34 @@ def test_function_equals_plain_loop_as_it_trains(unit, feedback, gates, symbols,
         assert difference.norm() <= 0.03 * torch.cat([t.flatten() for t in exact]).norm()
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_capped_input_gate_and_the_forget_gate_are_one_at_most(reference):
+    """By the cell alone: where f lets all through, i lets nothing in; from c = 0 and f = 0 it is i c~ as ever."""
+    rnn = make(CAPPED, "none", "all", "plain", (1, 5, 1), reference=reference)
+    other = make("lstm", "none", "all", "plain", (1, 5, 1), reference=reference)
+    x, h, c = torch.zeros(1, 1, 1).double(), torch.zeros(1, 1, 5).double(), torch.full((1, 1, 5), 0.25).double()
+    bounded, unbounded = [], []
+    for forget in (-40.0, -1.0, 0.0, 1.0, 3.0, 40.0):
+        for net, found in ((rnn, bounded), (other, unbounded)):
+            net.set_forget_bias(forget)
+            net.bias_l0.data[:10] = 40.0  # the candidate and the input gate are 1: c_next = f c + i
+            f, (_, (_, c_next)) = torch.sigmoid(torch.tensor(forget)), net(x, (h, c))
+            found.append((c_next - f * c).max().item() + f.item())  # i + f
+    assert max(bounded) == pytest.approx(1, abs=1e-6)
+    assert min(bounded) == pytest.approx(1, abs=1e-6)
+    assert max(unbounded) == pytest.approx(2, abs=1e-6)
+    torch.manual_seed(2)
+    for net, most in ((rnn, True), (make(CAPPED, "gated", "all", "all_skips"), True), (other, False)):
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=4)
+        _, (_, c) = net(torch.randn(200, 3, net.input_size, dtype=torch.float64))
+        assert bool(c.abs().max() <= 1) == most
+
+
 @pytest.mark.parametrize("recompute", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("lengths", [None, (2, 5)])
 @pytest.mark.parametrize("symbols", [False, True])
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [*UNITS, CAPPED])
 def test_recomputed_steps_have_the_same_gradients(unit, symbols, lengths, recompute):
     rnn = make(unit, "gated", "all", "residual_skips", (5, 4, 3), layer_norm=True, dropout=0.3, input_dropout=0.2)
     x = torch.randint(5, (7, 2)) if symbols else torch.randn(7, 2, 5, dtype=torch.float64)
@@ -401,6 +466,7 @@ def test_parameters_of_a_narrow_type():
         ({"unit_gates": "none"}, "unit_gates"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"hidden_bias": True}, "unit='gru'"),
+        ({"cap_input_gate": True, "unit": "gru"}, "unit='lstm'"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gfrnn.runs import RunFolder
-from gfrnn.training.metrics_reader import Mark, MetricsReader
+from gfrnn.training.metrics_reader import Mark, MetricsReader, numbers
 
 
 def steps(reader: MetricsReader, limit: int = 1000) -> list[int]:
@@ -90,3 +90,13 @@ def test_a_file_cut_and_written_on_loses_no_line(run: RunFolder, kept: int, more
     repeated = read[: len(read) - more]
     assert repeated == list(range(kept - len(repeated) + 1, kept + 1))
     assert len(repeated) <= 0.05 * kept + 60, "the beginning was not recognised"
+
+
+def test_gates_and_timescales_are_metrics_unless_there_are_many() -> None:
+    line = {"valid_bpc": 2.0, "mean_gates": [[0.1, 0.2], [0.3, 0.4]], "timescales": [5.0, 6.0], "sample": "of"}
+    assert dict(numbers(line)) == {
+        **{"valid_bpc": 2.0, "timescale_1": 5.0, "timescale_2": 6.0},
+        **{"gate_1_1": 0.1, "gate_1_2": 0.2, "gate_2_1": 0.3, "gate_2_2": 0.4},
+    }
+    many = {"valid_bpc": 2.0, "mean_gates": [[0.5] * 7] * 7, "timescales": [1.0] * 7}
+    assert numbers(many) == [("valid_bpc", 2.0)]

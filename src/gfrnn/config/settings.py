@@ -75,6 +75,8 @@ class ModelSettings:
     """GRU: a second bias inside the product with the reset gate, as torch.nn.GRU has."""
     forget_bias: float = 0.0
     """LSTM: initial bias of the forget gate."""
+    cap_input_gate: bool = False
+    """LSTM: the input gate is at most 1 - the forget gate, so that the cell stays in -1 to 1."""
     dropout: float = 0.0
     """Locked dropout between layers: one mask a row and segment."""
     input_dropout: float = 0.0
@@ -216,6 +218,8 @@ class RunSettings:
     """Parallel streams in validation and test while training."""
     eval_warmup: int = 500
     """Bytes read before a stream's first scored one."""
+    gates: bool = False
+    """With each validation, record every global gate's mean and every layer's timescale (text; metrics.jsonl)."""
     patience: int = 0
     """End after so many validations without a new best; 0: never."""
     checkpoint_every: int = 1000

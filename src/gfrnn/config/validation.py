@@ -125,6 +125,8 @@ def validate(settings: Settings) -> None:
         raise UserError(f"--hidden-bias belongs to --unit gru, not {m.unit}")
     if m.forget_bias and m.unit != "lstm":
         raise UserError(f"--forget-bias belongs to --unit lstm, not {m.unit}")
+    if m.cap_input_gate and m.unit != "lstm":
+        raise UserError(f"--cap-input-gate belongs to --unit lstm, not {m.unit}: leave it out")
     if c.compression_share > 1:
         raise UserError(f"--compression-share is {c.compression_share}; a share is 1 at most")
     if r.noise_scale and c.compression != "none":
@@ -191,6 +193,7 @@ _OF_TEXT = {
     "reset_every",
     "reset_probability",
     "valid_bytes",
+    "gates",
     "sample_length",
     "eval_streams",
     "eval_warmup",

@@ -127,7 +127,7 @@ class CapturedSteps:
             if self.needs_backward:  # now: little else lies in memory yet
                 graph.capture_backward()
             graph.forward(x, steps, h_LHB, c_LHB, self.mask_LHB, self.lengths_B)
-            return CapturedTrace(steps, graph.trace.hs_TLHB, graph.trace.cs_TLHB, graph)
+            return CapturedTrace(steps, graph.trace.hs_TLHB, graph.trace.cs_TLHB, graph.trace.g_TLLB, graph)
 
     def backward(
         self, trace: CapturedTrace | FusedTrace, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor, _: object = None
@@ -146,6 +146,7 @@ class CapturedTrace:
     steps: range
     hs_TLHB: Tensor
     cs_TLHB: Tensor
+    g_TLLB: Tensor | None
     graph: _Graph
 
 

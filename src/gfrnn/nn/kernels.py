@@ -121,7 +121,7 @@ def unit_forward(
         s_TLHB, before_LHTB, passed_LHB, mask_LHB, below_LHTB, lengths_B, t, x_t, j, candidate.first, second,
         X_ROW, T, B,
         L=plan.num_layers, H=plan.hidden_size, G=GATES[plan.unit], K=plan.rows,
-        IS_BOTTOM=j == 0, **meta,
+        IS_BOTTOM=j == 0, CAPPED=plan.cap_input_gate, **meta,
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def unit_backward(
         d_all_LHB, d_own_LHB, d_through_LHB, d_c_LHB, d_LKTB, d_s_LHTB, candidate_MB, unit_MB, lengths_B, t, x_t, j,
         copy_first, copy_second, T, B,
         L=plan.num_layers, H=plan.hidden_size, G=GATES[plan.unit], K=plan.rows,
-        IS_TOP=j == plan.num_layers - 1, OUTPUT_SKIPS=plan.output_skips, **meta,
+        IS_TOP=j == plan.num_layers - 1, OUTPUT_SKIPS=plan.output_skips, CAPPED=plan.cap_input_gate, **meta,
     )  # fmt: skip
 
 

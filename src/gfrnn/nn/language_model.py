@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gfrnn.config import ModelSettings
 from gfrnn.nn.multiplicative import MultiplicativeRNN
 from gfrnn.nn.noise import PLACE_OUTPUT, Noise
+from gfrnn.nn.plan import Watch
 from gfrnn.nn.rnn import GatedFeedbackRNN, State
 
 
@@ -60,6 +61,7 @@ class SymbolRNN(nn.Module):
                 dropout=settings.dropout,
                 layer_norm=settings.layer_norm,
                 hidden_bias=settings.hidden_bias,
+                cap_input_gate=settings.cap_input_gate,
                 recompute=recompute,
                 cuda=cuda,
                 **options,
@@ -74,10 +76,14 @@ class SymbolRNN(nn.Module):
         *,
         lengths_B: Tensor | None = None,
         noise: Noise | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, State]:
-        """Symbols int64 [T, B], of each row the first so many, and the net's state (None: zeros) -> y, next state."""
+        """Symbols int64 [T, B], of each row the first so many, and the net's state (None: zeros) -> y, next state.
+
+        watch: told of the net's states and global gates (plan.py).
+        """
         x = symbols_TB if self.embedding is None else self.embedding(symbols_TB)
-        y_TBY, state = self.rnn(x, state, lengths=lengths_B, noise=noise)
+        y_TBY, state = self.rnn(x, state, lengths=lengths_B, noise=noise, watch=watch)
         return y_TBY, state
 
     def zero_state(self, batch: int, device: torch.device | str = "cpu") -> State:
@@ -95,13 +101,18 @@ class LanguageModel(SymbolRNN):
         nn.init.zeros_(self.softmax.bias)
 
     def forward(
-        self, symbols_TB: Tensor, state: State | None = None, *, noise: Noise | None = None
+        self,
+        symbols_TB: Tensor,
+        state: State | None = None,
+        *,
+        noise: Noise | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, State]:
         """symbols int64 [T, B], state as the net's (None: zeros) -> logits [T, B, V] (fp32 under bf16), next state."""
         p = self.settings.output_dropout
         if self.training and noise is None and p:
             noise = Noise.fresh(symbols_TB.shape[1], symbols_TB.device)
-        y_TBY, state = self.read(symbols_TB, state, noise=noise)
+        y_TBY, state = self.read(symbols_TB, state, noise=noise, watch=watch)
         if self.training and noise is not None and p:
             y_TBY = y_TBY * noise.row_mask(PLACE_OUTPUT, y_TBY.shape[-1], p).to(y_TBY.dtype)
         weight, bias = self.softmax.weight, self.softmax.bias

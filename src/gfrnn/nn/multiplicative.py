@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gfrnn.nn.inputs import read_input
 from gfrnn.nn.lengths import check_lengths, zero_past_end
 from gfrnn.nn.noise import PLACE_WEIGHT, Noise
+from gfrnn.nn.plan import Watch
 
 
 class MultiplicativeRNN(nn.Module):
@@ -61,11 +62,17 @@ class MultiplicativeRNN(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(
-        self, input: Tensor, state: Tensor | None = None, *, lengths: Tensor | None = None, noise: Noise | None = None
+        self,
+        input: Tensor,
+        state: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        noise: Noise | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor]:
         """input [T, B, I] or integers [T, B]; state h [1, B, H] or None. Returns output [T, B, H] and h [1, B, H].
 
-        lengths: as GatedFeedbackRNN's. Raises ValueError for shapes that do not fit.
+        lengths, watch: as GatedFeedbackRNN's. Raises ValueError for shapes that do not fit.
         """
         symbols = not input.is_floating_point()
         if input.dim() != (2 if symbols else 3):
@@ -100,4 +107,6 @@ class MultiplicativeRNN(nn.Module):
             h_BH = next_BH if lengths is None else torch.where((lengths > t).unsqueeze(1), next_BH, h_BH)
             outputs.append(h_BH)
         y_TBH = torch.stack(outputs)
+        if watch is not None:
+            watch(y_TBH.detach().transpose(1, 2).unsqueeze(1), None)
         return y_TBH if lengths is None else zero_past_end(y_TBH, lengths), h_BH.unsqueeze(0)

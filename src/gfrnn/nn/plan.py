@@ -6,6 +6,7 @@ candidate, unit gates, global gates (G * H of gfrnn.config, then Lg = L with gat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from gfrnn.config import GATES, Feedback, UnitGates
+
+Watch = Callable[[Tensor, Tensor | None], None]
+"""Told of a call's steps, some at a time and in order: h after each [T', L, H, B], and the global gates [T', L target,
+L source, B] (None where there are none). They are valid until it returns."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Plan:
     output_skips: bool
     residual: bool
     layer_norm: bool
+    cap_input_gate: bool = False
     compute_dtype: torch.dtype | None = None
     """Of the operands of products; None: that of the parameters. Accumulation, cell and gates keep the latter."""
 

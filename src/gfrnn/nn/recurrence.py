@@ -23,7 +23,7 @@ from gfrnn.nn.gradients import LayerToken, NormGradients, Slopes, WeightGradient
 from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.lengths import zero_past_end
-from gfrnn.nn.plan import LayerWeights, Plan
+from gfrnn.nn.plan import LayerWeights, Plan, Watch
 from gfrnn.nn.steps import Steps, passed_up
 
 _FIELDS = len(LayerWeights._fields)
@@ -40,6 +40,7 @@ def recurrence(
     weights: list[LayerWeights],
     graphs: Graphs | None = None,
     fused: bool = True,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Same arguments, result and gradients as reference.recurrence_reference.
 
@@ -52,7 +53,7 @@ def recurrence(
     tokens = [token(gradients, j, *layer) for j, layer in enumerate(weights)]
     run: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = Recurrence.apply
     runner = partial(_runner, plan, graphs, fused)
-    return run(plan, runner, gradients, weights, *x, h_BLH, c_BLH, below_mask_LBH, lengths_B, *tokens)
+    return run(plan, runner, watch, gradients, weights, *x, h_BLH, c_BLH, below_mask_LBH, lengths_B, *tokens)
 
 
 class Trace(Protocol):
@@ -63,6 +64,10 @@ class Trace(Protocol):
     """h before the first step and after each: T + 1."""
     cs_TLHB: Tensor
     """Likewise the LSTM's cell, else empty."""
+
+    @property
+    def g_TLLB(self) -> Tensor | None:
+        """[T, L target, L source, B] global gates."""
 
 
 class Runner(Protocol):
@@ -103,6 +108,7 @@ class Recurrence(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         make_runner: Callable[..., Runner],
+        watch: Watch | None,
         gradients: WeightGradients,
         weights: list[LayerWeights],
         columns: Tensor,
@@ -129,6 +135,8 @@ class Recurrence(torch.autograd.Function):
             starts.append((h_LHB, c_LHB))
             trace = None  # freed before the next
             trace = runner.forward(x, range(begin, min(begin + at_once, T)), h_LHB, c_LHB)
+            if watch is not None:
+                watch(trace.hs_TLHB[1:], trace.g_TLLB)
             y_TBY[begin : begin + at_once] = _output(plan, trace.hs_TLHB[1:]).transpose(1, 2)
             h_LHB = trace.hs_TLHB[-1].clone()  # not a view, which would keep all of the trace
             c_LHB = trace.cs_TLHB[-1].clone() if plan.has_cell else None
@@ -180,7 +188,7 @@ class Recurrence(torch.autograd.Function):
         d_c_BLH = d_c_LHB.permute(2, 0, 1) if plan.has_cell else None
         token = d_columns.new_zeros(())
         return (
-            *(None, None, None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, None),
+            *(None, None, None, None, None, d_columns, None, None, d_h_LHB.permute(2, 0, 1), d_c_BLH, None, None),
             *(token for _ in tokens),
         )
 

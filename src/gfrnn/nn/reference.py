@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.lengths import zero_past_end
-from gfrnn.nn.plan import LayerWeights, Plan
+from gfrnn.nn.plan import LayerWeights, Plan, Watch
 from gfrnn.nn.units import NORM_EPS
 
 
@@ -26,12 +26,14 @@ def recurrence_reference(
     below_mask_LBH: Tensor | None,
     lengths_B: Tensor | None,
     weights: list[LayerWeights],
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs T steps.
 
     x: the input's part of the pre-activations of layer 0, or of every layer with input skips.
     below_mask_LBH: [L - 1, B, H] dropout masks on what layer j reads from layer j - 1.
     lengths_B: int64, steps that each row has (lengths.py); None: all.
+    watch: told of every step.
     Returns y [T, B, H] ([T, B, L * H] with output skips), h [B, L, H], c [B, L, H] or None.
     """
     L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
@@ -43,6 +45,7 @@ def recurrence_reference(
         before: list[Tensor] = list(h)
         c_before = list(c)
         passed_up: list[Tensor] = []
+        gates: list[Tensor] = []
         for j, w in enumerate(weights):
             a = x_BN[:, j * K : (j + 1) * K] if j == 0 or plan.input_skips else x_BN.new_zeros(len(x_BN), K)
             if w.below is not None:
@@ -55,6 +58,7 @@ def recurrence_reference(
             if plan.feedback == "gated":
                 assert w.gates is not None
                 g = torch.sigmoid(a[:, GH:] + h_star @ w.gates.T + w.bias[GH:])
+                gates.append(g)
                 s = sum(
                     (g[:, i : i + 1] * (before[i] @ w.candidate[:, i * H : (i + 1) * H].T) for i in range(L)),
                     start=torch.zeros_like(before[j]),
@@ -77,6 +81,9 @@ def recurrence_reference(
             a_unit = squash(a_unit, slice(H, GH))
             if plan.unit == "lstm":
                 i_gate, f_gate, o_gate = torch.sigmoid(a_unit).chunk(3, dim=1)
+                if plan.cap_input_gate:  # not torch.minimum, whose gradient at equality is shared out
+                    most = 1 - f_gate
+                    i_gate = torch.where(i_gate >= most, most, i_gate)
                 c[j] = f_gate * c[j] + i_gate * torch.tanh(squash(a[:, :H] + s, slice(0, H)))
                 cell = c[j]
                 if w.cell_gain is not None and w.cell_bias is not None:
@@ -96,6 +103,9 @@ def recurrence_reference(
             ended_B1 = (lengths_B <= t).unsqueeze(1)
             h = [torch.where(ended_B1, old, new) for old, new in zip(before, h, strict=True)]
             c = [torch.where(ended_B1, old, new) for old, new in zip(c_before, c, strict=True)]
+        if watch is not None:
+            g_LLB = torch.stack(gates).transpose(1, 2).detach() if gates else None
+            watch(torch.stack(h).transpose(1, 2)[None].detach(), g_LLB[None] if g_LLB is not None else None)
     y_TBY = torch.stack(outputs)
     if lengths_B is not None:
         y_TBY = zero_past_end(y_TBY, lengths_B)

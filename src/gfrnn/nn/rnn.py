@@ -26,7 +26,7 @@ from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import read_input
 from gfrnn.nn.lengths import check_lengths
 from gfrnn.nn.noise import PLACE_BELOW, PLACE_WEIGHT, Noise
-from gfrnn.nn.plan import LayerWeights, Plan
+from gfrnn.nn.plan import LayerWeights, Plan, Watch
 from gfrnn.nn.recurrence import recurrence
 from gfrnn.nn.reference import recurrence_reference
 
@@ -59,6 +59,7 @@ class GatedFeedbackRNN(nn.Module):
         weight_dropout: dropout on the recurrent weights, one mask a call.
         layer_norm: normalise every unit pre-activation over H, and the LSTM's cell before its tanh.
         hidden_bias: GRU: a bias inside the product with the reset gate, as torch.nn.GRU has.
+        cap_input_gate: LSTM: the input gate is at most 1 - the forget gate (Melis et al. 2020, arXiv 1909.01792).
         compute_dtype: of the operands of products (torch.bfloat16); None: the parameters'. All else keeps fp32.
         recompute: keep the state of every so many steps, and compute the rest again in backward: the same gradients in
             less memory and more time. 0 keeps all.
@@ -86,6 +87,7 @@ class GatedFeedbackRNN(nn.Module):
         weight_dropout: float = 0.0,
         layer_norm: bool = False,
         hidden_bias: bool = False,
+        cap_input_gate: bool = False,
         compute_dtype: torch.dtype | None = None,
         recompute: int = 0,
         cuda: str = "graphs",
@@ -94,7 +96,7 @@ class GatedFeedbackRNN(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check(unit, feedback, unit_gates, cuda, hidden_bias, input_size, hidden_size, num_layers)
+        _check(unit, feedback, unit_gates, cuda, hidden_bias, cap_input_gate, input_size, hidden_size, num_layers)
         for name, value in {
             "dropout": dropout,
             "input_dropout": input_dropout,
@@ -112,6 +114,7 @@ class GatedFeedbackRNN(nn.Module):
             output_skips=output_skips,
             residual=residual,
             layer_norm=layer_norm,
+            cap_input_gate=cap_input_gate,
             compute_dtype=compute_dtype,
             recompute=recompute,
         )
@@ -176,7 +179,13 @@ class GatedFeedbackRNN(nn.Module):
             self.get_parameter(f"bias_l{j}").data[2 * H : 3 * H] = value
 
     def forward(
-        self, input: Tensor, state: State | None = None, *, lengths: Tensor | None = None, noise: Noise | None = None
+        self,
+        input: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        noise: Noise | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, State]:
         """Runs T steps.
 
@@ -188,6 +197,7 @@ class GatedFeedbackRNN(nn.Module):
                 row's state stays as it was and its output is zero, whatever (finite) the input is; no gradient comes
                 from there. On CUDA the values are not checked.
             noise: where dropout masks come from; None draws fresh ones, as nn.Dropout does. Unused in eval mode.
+            watch: told of states and global gates as they come (plan.py); it changes nothing.
 
         Returns:
             output [T, B, H] ([.., L * H] with output skips) and the state after each row's last step; fp32 of bf16
@@ -232,7 +242,7 @@ class GatedFeedbackRNN(nn.Module):
             mask_LBH = torch.stack(masks).to(dtype)
 
         run = recurrence_reference if self.reference else partial(recurrence, graphs=self.graphs, fused=self.fused)
-        y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, lengths, weights)
+        y_TBY, h_BLH, c_next_BLH = run(plan, x, h_BLH, c_BLH, mask_LBH, lengths, weights, watch=watch)
         h_LBH = h_BLH.transpose(0, 1)
         c_LBH = c_next_BLH.transpose(0, 1) if c_next_BLH is not None else None
         if not batched:
@@ -353,7 +363,8 @@ class GatedFeedbackRNN(nn.Module):
 
     def extra_repr(self) -> str:
         p = self.plan
-        options = [name for name in ("input_skips", "output_skips", "residual", "layer_norm") if getattr(p, name)]
+        known = ("input_skips", "output_skips", "residual", "layer_norm", "cap_input_gate")
+        options = [name for name in known if getattr(p, name)]
         return ", ".join(
             [
                 f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, unit={p.unit!r}",
@@ -369,6 +380,7 @@ def _check(
     unit_gates: str,
     cuda: str,
     hidden_bias: bool,
+    cap_input_gate: bool,
     input_size: int,
     hidden_size: int,
     num_layers: int,
@@ -383,5 +395,7 @@ def _check(
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
     if hidden_bias and unit != "gru":
         raise ValueError("hidden_bias is for unit='gru'")
+    if cap_input_gate and unit != "lstm":
+        raise ValueError("cap_input_gate is for unit='lstm'")
     if min(input_size, hidden_size, num_layers) < 1:
         raise ValueError("input_size, hidden_size and num_layers must be at least 1")

@@ -102,6 +102,12 @@ class Trace:
     kept: list[list[_Kept]]
     """By step and layer."""
 
+    @property
+    def g_TLLB(self) -> Tensor | None:
+        """[T, L target, L source, B] global gates; before backward has run."""
+        gates = [now.g_LB for kept_L in self.kept for now in kept_L if now.g_LB is not None]
+        return torch.stack(gates).unflatten(0, (len(self.kept), -1)) if gates else None
+
 
 class Steps:
     """Runs steps, and back."""
@@ -193,7 +199,7 @@ class Steps:
                     units.gru_output_forward(n_HB, u_UHB, h_LHB[j], h_next)
                 elif u_UHB is not None:
                     cell = cs_TLHB[t + 1, j]
-                    units.lstm_gates_forward(n_HB, u_UHB, cs_TLHB[t, j], cell)
+                    units.lstm_gates_forward(n_HB, u_UHB, cs_TLHB[t, j], cell, capped=plan.cap_input_gate)
                     if w.cell_gain is not None and w.cell_bias is not None:
                         now.norms["cell"] = units.norm_forward(cell)
                         cell = torch.addcmul(w.cell_bias.unsqueeze(1), now.norms["cell"][0], w.cell_gain.unsqueeze(1))
@@ -250,7 +256,9 @@ class Steps:
                     d_before_LHB[j] += units.gru_output_backward(d_h, n_HB, u_UHB, h_LHB[j], d_GHB)
                 elif u_UHB is not None:
                     d_cell = _cell_backward(w, now, u_UHB[2], cs_TLHB[t + 1, j], d_h, d_GHB[3], norms[j])
-                    d_c_LHB[j] = units.lstm_gates_backward(d_c_LHB[j] + d_cell, n_HB, u_UHB, cs_TLHB[t, j], d_GHB)
+                    d_c_LHB[j] = units.lstm_gates_backward(
+                        d_c_LHB[j] + d_cell, n_HB, u_UHB, cs_TLHB[t, j], d_GHB, capped=plan.cap_input_gate
+                    )
                 _normalize_backward(d_GHB[:1], slice(0, H), w, now, "candidate", norms[j])
                 d_s_HB = d_GHB[0]
                 if u_UHB is not None:

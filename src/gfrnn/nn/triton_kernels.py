@@ -195,6 +195,7 @@ def unit_forward(
     G: tl.constexpr,
     K: tl.constexpr,
     IS_BOTTOM: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
@@ -229,6 +230,8 @@ def unit_forward(
         u_3 = _sigmoid(a_3 + _get(unit_MB, second + 2 * H + h, b, B, valid))
         _put(activations_TLGHB, layer * G * H + row, b, B, valid, u_3)
         before_c = _get(cs_TLHB, layer * H + h, b, B, valid)
+        if CAPPED:  # what is kept above is the gate as it was: backward caps it again
+            u_1 = tl.where(u_1 >= 1.0 - u_2, 1.0 - u_2, u_1)
         c = u_2 * before_c + u_1 * n
         if lengths_B is not None:
             c = tl.where(ended, before_c, c)
@@ -287,6 +290,7 @@ def unit_backward(
     K: tl.constexpr,
     IS_TOP: tl.constexpr,
     OUTPUT_SKIPS: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
@@ -360,9 +364,16 @@ def unit_backward(
                 d_c_through = tl.where(ended, d_c, 0.0)
                 d_c = tl.where(ended, 0.0, d_c)
             d_c += d_h * u_3 * (1.0 - tanh_c * tanh_c)
+            d_i = d_c * n
+            d_f = d_c * _get(cs_TLHB, layer * H + h, b, B, valid)
+            if CAPPED:
+                at_cap = u_1 >= 1.0 - u_2
+                u_1 = tl.where(at_cap, 1.0 - u_2, u_1)
+                d_f -= tl.where(at_cap, d_i, 0.0)
+                d_i = tl.where(at_cap, 0.0, d_i)
             d_n = d_c * u_1 * (1.0 - n * n)
-            d_1 = d_c * n * u_1 * (1.0 - u_1)
-            d_2 = d_c * _get(cs_TLHB, layer * H + h, b, B, valid) * u_2 * (1.0 - u_2)
+            d_1 = d_i * u_1 * (1.0 - u_1)
+            d_2 = d_f * u_2 * (1.0 - u_2)
             d_3 = d_h * tanh_c * u_3 * (1.0 - u_3)
             d_before_c = d_c * u_2
             if lengths_B is not None:

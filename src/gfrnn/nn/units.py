@@ -4,7 +4,7 @@ Everything has its features first and the rows of the batch last, as the product
 pre-activation come in the order candidate, unit gates, global gates (K = G * H + Lg):
     tanh: c~;  GRU: n, r, z;  LSTM: c~, i, f, o.
 A candidate is n_HB, the unit gates are u_UHB (U = G - 1), their gradients are written into d_GHB, candidate first.
-Equations: Chung et al. 2015, sections 2 and 4.
+Equations: Chung et al. 2015, sections 2 and 4; the LSTM's capped input gate: Melis et al. 2020 (arXiv 1909.01792).
 
 Legend: B rows, H units a layer, G = 1 + unit gates (tanh 1, GRU 3, LSTM 4), Lg global gates a layer.
 """
@@ -40,20 +40,32 @@ def norm_backward(d_normal: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
 # LSTM -------------------------------------------------------------------------------------------------------
 
 
-def lstm_gates_forward(n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, c_next_HB: Tensor) -> None:
-    """n, u: pre-activations to activations in place; c_next = f * c + i * c~."""
+def lstm_gates_forward(n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, c_next_HB: Tensor, *, capped: bool = False) -> None:
+    """n, u: pre-activations to activations in place; c_next = f * c + i * c~. capped: i is at most 1 - f."""
     n_HB.tanh_()
     i, f, _ = u_3HB.sigmoid_()
+    if capped:
+        torch.minimum(i, 1 - f, out=i)
     torch.mul(f, c_HB, out=c_next_HB)
     c_next_HB.addcmul_(i, n_HB)
 
 
-def lstm_gates_backward(d_c_HB: Tensor, n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, d_4HB: Tensor) -> Tensor:
-    """From the gradient of c_next: those of c~, i, f's pre-activations, written into d. Returns the gradient of c."""
+def lstm_gates_backward(
+    d_c_HB: Tensor, n_HB: Tensor, u_3HB: Tensor, c_HB: Tensor, d_4HB: Tensor, *, capped: bool = False
+) -> Tensor:
+    """From the gradient of c_next: those of c~, i, f's pre-activations, written into d. Returns the gradient of c.
+
+    capped: where i is 1 - f, its gradient is f's, negative, and not its own pre-activation's.
+    """
     i, f = u_3HB[0], u_3HB[1]
     tanh_backward(d_c_HB * i, n_HB, grad_input=d_4HB[0])
-    sigmoid_backward(d_c_HB * n_HB, i, grad_input=d_4HB[1])
-    sigmoid_backward(d_c_HB * c_HB, f, grad_input=d_4HB[2])
+    d_i, d_f = d_c_HB * n_HB, d_c_HB * c_HB
+    if capped:
+        at_cap = i >= 1 - f  # never above it: what forward left there is that very number
+        d_f.sub_(d_i * at_cap)
+        d_i.masked_fill_(at_cap, 0)
+    sigmoid_backward(d_i, i, grad_input=d_4HB[1])
+    sigmoid_backward(d_f, f, grad_input=d_4HB[2])
     return d_c_HB * f
 
 

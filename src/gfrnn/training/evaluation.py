@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gfrnn.data import NEWLINE, Bytes
 from gfrnn.nn import LanguageModel, State
+from gfrnn.training.dynamics import Dynamics
 
 _SYMBOLS_AT_A_TIME = 1 << 15  # T * B at most: 32 MiB of logits, however many streams
 _SMALLEST_RMS = 0.1  # that dynamic evaluation divides a gradient by, as a part of the mean one
@@ -106,6 +107,7 @@ def score(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[float], None] | None = None,
+    dynamics: Dynamics | None = None,
 ) -> Score:
     """Scores every byte of text once; puts the model in eval mode.
 
@@ -119,10 +121,13 @@ def score(
         seam: bytes that each stream reads on into the next piece, to measure seam_bpc; 0 does not. One process only:
             neighbouring streams belong to different ones.
         progress: called with the part done, 0 to 1.
+        dynamics: a new one, which looks on where bytes are scored.
     """
     device = next(model.parameters()).device
     pieces = _Pieces(text, streams, warmup, rank, world_size, device)
     model.eval()
+    if dynamics is not None:
+        dynamics.begin(pieces.rows, pieces.length, pieces.size)
     if not len(pieces.rows):
         return Score(0.0, 0, pieces.streams, pieces.warmup)
     steps = max(1, min(steps, _SYMBOLS_AT_A_TIME // len(pieces.rows)))
@@ -136,10 +141,12 @@ def score(
         inputs_TB, targets_TB, inside_TB = pieces.read(start, stop)
         if start == 0:
             state = pieces.begin(state)
-        logits_TBV, state = model(inputs_TB, state)
+        scored = 0 <= start < length
+        watch = dynamics.watch(start, inside_TB) if dynamics is not None and scored else None
+        logits_TBV, state = model(inputs_TB, state, watch=watch)
         if start >= 0:
             found_TB = torch.where(inside_TB, bits_TB(logits_TBV, targets_TB), 0.0).double()
-            if start < length:
+            if scored:
                 bits += found_TB.sum().item()
             if start < seam:
                 heads.append(found_TB)

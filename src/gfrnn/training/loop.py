@@ -268,7 +268,9 @@ class Trainer:
             position.best, position.best_step, position.without_best = figures, position.step, 0
         else:
             position.without_best += self.task.as_hard_as_validation
-        self._write_line({"step": position.step, "epoch": self._epoch, **_named("valid", figures)})
+        self._write_line(
+            {"step": position.step, "epoch": self._epoch, **_named("valid", figures), **self.task.dynamics()}
+        )
         self.progress.say(f"update {position.step}: validation {describe(figures)}{' (best so far)' if best else ''}")
         changed = self.task.check(position.step, self.plain_model) if check else None
         if changed is not None:

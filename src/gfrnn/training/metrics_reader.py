@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from zlib import crc32
 
+_MOST_LAYERS = 6  # of a net whose gates are metrics of their own, L * L of them
+
 
 class Mark(NamedTuple):
     """A position in metrics.jsonl with what identifies everything before it."""
@@ -112,5 +114,10 @@ def _points(line: bytes) -> tuple[int, list[Point]] | None:
 
 
 def numbers(values: dict[str, Any]) -> list[tuple[str, float]]:
-    """(name, number) of the values that are numbers."""
-    return [(k, v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    """(name, number) of the values that are numbers; and of global gates and timescales, of not too many layers."""
+    found = [(k, v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    gates, timescales = values.get("mean_gates", []), values.get("timescales", [])
+    if max(len(gates), len(timescales)) <= _MOST_LAYERS:
+        found += [(f"gate_{i}_{j}", gate) for i, row in enumerate(gates, 1) for j, gate in enumerate(row, 1)]
+        found += [(f"timescale_{j}", timescale) for j, timescale in enumerate(timescales, 1)]
+    return found

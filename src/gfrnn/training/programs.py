@@ -102,6 +102,9 @@ class ProgramTask:
     def validate(self, model: EncoderDecoder) -> dict[str, float]:
         return self._score(model, self.corpus.valid)
 
+    def dynamics(self) -> dict[str, Any]:
+        return {}
+
     def check(self, update: int, model: EncoderDecoder) -> str | None:
         if not self.corpus.has_levels:
             return None

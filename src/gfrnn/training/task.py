@@ -73,6 +73,9 @@ class Task(Protocol):
     def validate(self, model: Any) -> dict[str, float]:
         """Means by name over the validation data; collective."""
 
+    def dynamics(self) -> dict[str, Any]:
+        """What the last validation saw of how the net works, as its line of metrics.jsonl has it."""
+
     def check(self, update: int, model: Any) -> str | None:
         """After a validation that the settings ask for: what it changes, in words; collective."""
 

@@ -15,6 +15,7 @@ from gfrnn.data import Bytes, Streams, Text
 from gfrnn.nn import LanguageModel, State
 from gfrnn.nn.noise import hash_numbers
 from gfrnn.runs import Checkpoint, TensorsByName
+from gfrnn.training.dynamics import Dynamics
 from gfrnn.training.evaluation import score
 from gfrnn.training.objective import SegmentLoss
 from gfrnn.training.sample import generate
@@ -51,6 +52,7 @@ class TextTask:
         )
         self._flops = sizes(settings).train_flops * self.streams.count_per_update
         self.states: list[State] = []
+        self._dynamics: dict[str, Any] = {}
 
     def objective(self, model: LanguageModel) -> SegmentLoss:
         self._zero_state = partial(model.zero_state, self.streams.rows_per_micro, self.device)
@@ -98,7 +100,16 @@ class TextTask:
         return {}
 
     def validate(self, model: LanguageModel) -> dict[str, float]:
-        return {"bpc": self._score(model, self.text.valid[: self.settings.run.valid_bytes or None])}
+        seen = None
+        if self.settings.run.gates:
+            gated = self.settings.model.feedback == "gated" and self.settings.model.unit != "mrnn"
+            seen = Dynamics(model.rnn.num_layers, model.rnn.hidden_size, gated=gated, device=self.device)
+        bpc = self._score(model, self.text.valid[: self.settings.run.valid_bytes or None], seen)
+        self._dynamics = seen.figures(dist.all_reduce) if seen is not None else {}
+        return {"bpc": bpc}
+
+    def dynamics(self) -> dict[str, Any]:
+        return self._dynamics
 
     def check(self, update: int, model: LanguageModel) -> None:
         pass
@@ -110,7 +121,7 @@ class TextTask:
             sample = generate(model, b"", self.settings.run.sample_length, temperature=0.8)
         return {"bpc": bpc, "sample": sample.decode("utf-8", "replace")}
 
-    def _score(self, model: LanguageModel, text: Bytes) -> float:
+    def _score(self, model: LanguageModel, text: Bytes, dynamics: Dynamics | None = None) -> float:
         """BPC, the text's streams shared out among the processes."""
         run = self.settings.run
         own = score(
@@ -120,6 +131,7 @@ class TextTask:
             warmup=run.eval_warmup,
             rank=self.rank,
             world_size=self.world_size,
+            dynamics=dynamics,
         )
         both = torch.tensor([own.bits, own.characters], dtype=torch.float64, device=self.device)
         dist.all_reduce(both)
