@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import least_squares
 
+from gfrnn.config import EXIT_FAILED, EXIT_FINISHED
 from gfrnn.runs import versions
 
 TRAIN = Path(__file__).parents[1] / "src/train.py"
@@ -80,6 +82,8 @@ def run(folder: Path, rows: int, rule: str, args: argparse.Namespace) -> Found:
             if any(bpc <= args.target for _, bpc in validations(output)):
                 process.kill()  # all that is wanted is in metrics.jsonl
                 process.wait()
+        if process.returncode not in (EXIT_FINISHED, EXIT_FAILED, -signal.SIGKILL):
+            raise SystemExit(f"error: {output} ended with status {process.returncode}; the same command tries it again")
         ended.touch()
     reached = [step for step, bpc in validations(output) if bpc <= args.target]
     noise = [value for line in lines(output) if (value := line.get("noise_scale")) is not None]
