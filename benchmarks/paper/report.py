@@ -111,13 +111,14 @@ def _to_levels(table: Sequence[Line], marks: Sequence[float], what: str, title: 
 def _sources(section: Sequence[Row]) -> str:
     """Where the figures of a section come from, in a paragraph."""
     dates = sorted({row.date for row in section})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     machines = sorted({f"{row.machine['device']} ({row.machine['threads']} threads)" for row in section})
     chosen = sorted({f"{UNITS[row.unit]} {row.choice} ({row.chosen})" for row in section})
-    epochs = sorted({row.updates for row in section})
-    updates = f"{epochs[0]:,}" if len(epochs) == 1 else f"{epochs[0]:,} to {epochs[-1]:,}"
+    counts = sorted({row.updates for row in section})
+    updates = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     torch = sorted({row.versions["torch"] for row in section})
     return (
-        f"{len(section)} trainings of {updates} updates, {dates[0]} to {dates[-1]}, on {'; '.join(machines)}; "
+        f"{len(section)} trainings of {updates} updates, {when}, on {'; '.join(machines)}; "
         f"torch {', '.join(torch)}. Optimizers: {'; '.join(chosen)}.\n"
     )
 
