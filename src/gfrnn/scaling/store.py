@@ -103,7 +103,7 @@ def runs_of(uri: str, experiment: str) -> tuple[MlflowClient, list[Any]]:
     where = without_password(uri)
     database = sqlite_file(uri)
     if database is not None and not database.exists():  # a client would make one
-        raise UserError(f"there is no MLflow database at {where}; name the one that study.py run has printed")
+        raise UserError(f"there is no MLflow database at {where}; name the one that the runs were logged to")
     try:
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
@@ -111,7 +111,7 @@ def runs_of(uri: str, experiment: str) -> tuple[MlflowClient, list[Any]]:
     except Exception as error:  # every kind of store raises errors of its own
         raise UserError(f"MLflow at {where} cannot be read: {reason(error)}") from error
     if found is None:
-        raise UserError(f"MLflow at {where} has no experiment {experiment}; study.py run makes one")
+        raise UserError(f"MLflow at {where} has no experiment {experiment}; name the one that the runs were logged to")
     return client, runs
 
 

@@ -44,6 +44,8 @@ class Position:
     """Updates done."""
     wall_clock_s: float = 0.0
     """Seconds of training so far, restarts included."""
+    train_seconds: float = 0.0
+    """Of those, in updates: no start, validation, checkpoint or log line. What a kill lost is not counted."""
     characters: int = 0
     """Read so far."""
     best: dict[str, float] = field(default_factory=dict)

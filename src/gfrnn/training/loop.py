@@ -206,7 +206,9 @@ class Trainer:
         window.characters += characters
         window.flops += task.flops(step)
         window.updates += 1
-        window.seconds += time.perf_counter() - begin
+        spent = time.perf_counter() - begin
+        window.seconds += spent
+        self.position.train_seconds += spent
         return done
 
     def _agree(self, sums: torch.Tensor, count: int, norm: torch.Tensor, rate: float) -> Done:
@@ -297,6 +299,7 @@ class Trainer:
                 "mfu": mfu,
                 "overhead_share": window.overhead_seconds / window.seconds,
                 "wall_clock_s": self._wall_clock(),
+                "train_seconds": self.position.train_seconds,
             }
         )
         self.progress.show(self.position.step, describe(means), speed, mfu)
@@ -388,6 +391,7 @@ class Trainer:
             "best_step": position.best_step,
             "without_best": position.without_best,
             "wall_clock_s": self._wall_clock(),
+            "train_seconds": position.train_seconds,
             "world_size": self.world_size,
             "zero_stage": self.stage,
             "peak_memory_bytes": self.peak_memory(),
