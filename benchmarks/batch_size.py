@@ -121,6 +121,7 @@ def fit(found: Sequence[Found], steps: int) -> tuple[float, float]:
 
 def plot(found: Sequence[Found], least: float, critical: float, args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for rule in RULES:
@@ -130,6 +131,10 @@ def plot(found: Sequence[Found], least: float, critical: float, args: argparse.N
     label = f"{least:.0f} (1 + {critical:,.0f} / B)"
     axes.plot(batch, least * (1 + critical / batch), "--", color="grey", label=label)
     axes.set(xscale="log", yscale="log", xlabel="characters an update", ylabel=f"updates to {args.target:g} BPC")
+    axes.set_xticks([rows * args.steps for rows in args.rows], [f"{rows * args.steps:,}" for rows in args.rows])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(args.plot, dpi=150)
