@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+import warm
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
@@ -53,6 +55,13 @@ def script(name: str, *flags: str | Path, **kwargs: Any) -> subprocess.Completed
         "env": environment(),
     }
     return subprocess.run(command, **{**options, **kwargs})
+
+
+def warm_script(
+    name: str, *flags: str | Path, env: dict[str, str] | None = None, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
+    """The same, where it is not about how the program starts: without the seconds of its imports (warm.py)."""
+    return warm.run([str(ROOT / "src" / f"{name}.py"), *map(str, flags)], env=env or environment(), **kwargs)
 
 
 def start_training(
@@ -111,9 +120,13 @@ def wait_until_listening(process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def train(output_dir: Path, flags: Sequence[str] = SMALL, **kwargs: Any) -> tuple[int, str, str]:
-    """Trains to the end: (exit status, stdout, stderr)."""
-    process = start_training(output_dir, flags, **kwargs)
+def train(output_dir: Path, flags: Sequence[str] = SMALL, *, stage: str = "z0", **kwargs: Any) -> tuple[int, str, str]:
+    """Trains to the end: (exit status, stdout, stderr). Without the launcher: warm (see warm_script)."""
+    if not kwargs:
+        config = ["--deepspeed", ROOT / "ds_configs" / f"{stage}.json"]
+        done = warm_script("train", *config, "--output-dir", output_dir, *flags, cwd=output_dir.parent)
+        return done.returncode, done.stdout, done.stderr
+    process = start_training(output_dir, flags, stage=stage, **kwargs)
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
 

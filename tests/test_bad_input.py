@@ -13,7 +13,19 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from launch import BIN, ROOT, SMALL, environment, free_port, script, start_training, train, wait_until_listening
+from launch import (
+    BIN,
+    ROOT,
+    SMALL,
+    environment,
+    free_port,
+    script,
+    start_ranks,
+    start_training,
+    train,
+    wait_until_listening,
+    warm_script,
+)
 
 SOON = 6.0  # seconds; 3 are promised, the rest is for a busy machine
 RUN = [*SMALL, "--max-updates", "2"]
@@ -29,6 +41,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def other(run: Path) -> Path:
+    """A run on the same text, of a smaller model."""
+    status, _, err = train(
+        run.parent / "other", [*RUN, "--corpus-file", str(run.parent / "text"), "--hidden-size", "8"]
+    )
+    assert status == 0, err
+    return run.parent / "other"
+
+
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
     """A copy of that run, to be damaged."""
@@ -37,8 +59,9 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 
 def refusal(name: str, *flags: str | Path, within: float = SOON) -> str:
+    """within: seconds; more than SOON is for what is found after the imports, however long these take."""
     begin = time.monotonic()
-    done = script(name, *flags)
+    done = (script if within == SOON else warm_script)(name, *flags)
     seconds = time.monotonic() - begin
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
@@ -257,11 +280,8 @@ def test_a_folder_in_a_files_place(file: str, run: Path, copy: Path) -> None:
     assert FOLDERS[file] in refusal("train", *flags, within=60)
 
 
-def test_a_checkpoint_put_together_from_two(run: Path, copy: Path) -> None:
-    flags = [*RUN, "--corpus-file", run.parent / "text"]
-    other = copy.parent / "other"
-    assert train(other, [*map(str, flags), "--hidden-size", "8"])[0] == 0
-    flags += ["--output-dir", copy, "--max-updates", "3"]
+def test_a_checkpoint_put_together_from_two(run: Path, other: Path, copy: Path) -> None:
+    flags = [*RUN, "--corpus-file", run.parent / "text", "--output-dir", copy, "--max-updates", "3"]
     for file, said in {
         "optimizer.safetensors": "optimizer.safetensors is not of the model in weights.safetensors",
         "averages.safetensors": "averages.safetensors is not of the model in weights.safetensors",
@@ -283,13 +303,11 @@ def test_a_damaged_run_is_not_gone_on_with(file: str, run: Path, copy: Path) -> 
     assert (copy / file).read_bytes() == content
 
 
-def test_checkpoint_of_another_model(run: Path, copy: Path) -> None:
-    flags = [*RUN, "--corpus-file", str(run.parent / "text"), "--hidden-size", "8"]
-    other = copy.parent / "other"
-    assert train(other, flags)[0] == 0
+def test_checkpoint_of_another_model(run: Path, other: Path, copy: Path) -> None:
     shutil.rmtree(copy / "checkpoints")
     shutil.copytree(other / "checkpoints", copy / "checkpoints")
-    message = refusal("train", *flags, "--hidden-size", "16", "--output-dir", copy, "--max-updates", "3", within=60)
+    flags = [*RUN, "--corpus-file", run.parent / "text", "--output-dir", copy, "--max-updates", "3"]
+    message = refusal("train", *flags, within=60)
     assert "is of another model: rnn.bias_cell_l0 is (8,) there and (16,) here" in message
 
 
@@ -327,19 +345,36 @@ def test_an_unwritable_folder(read_only: Path) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    ("flags", "processes", "said"),
-    [
-        (["--rows", "2"], 3, "3 processes cannot share --rows 2"),
-        (["--preset", "nope"], 2, "--preset 'nope' is unknown"),
-        (["--corpus-file", "/nowhere"], 2, "/nowhere cannot be read"),
-        (["--steps", "10000000"], 2, "too short"),
-    ],
-    ids=["more processes than rows", "unknown preset", "no corpus", "text too short"],
-)
+TOGETHER = {
+    "more processes than rows": (["--rows", "2"], 3, "3 processes cannot share --rows 2"),
+    "no corpus": (["--corpus-file", "/nowhere"], 2, "/nowhere cannot be read"),
+    "unknown preset": (["--preset", "nope"], 2, "--preset 'nope' is unknown"),
+    "text too short": (["--steps", "10000000"], 2, "too short"),
+}
+LAUNCHED = ["more processes than rows", "no corpus"]  # one before there are settings, one after
+
+
+@pytest.mark.parametrize(("flags", "processes", "said"), [TOGETHER[name] for name in LAUNCHED], ids=LAUNCHED)
 def test_one_process_speaks_under_the_launcher(flags: list[str], processes: int, said: str, tmp_path: Path) -> None:
     status, lines, err = launched("--output-dir", tmp_path / "run", *flags, processes=processes)
     assert status == 2, err
     assert len(lines) == 1
     assert said in lines[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("flags", "processes", "said"), TOGETHER.values(), ids=TOGETHER)
+def test_the_first_process_speaks_and_the_others_wait(
+    flags: list[str], processes: int, said: str, tmp_path: Path
+) -> None:
+    """What the launcher relies on, which ends them when the first has gone."""
+    first, *others = start_ranks([ROOT / "src/train.py", *RUN, "--output-dir", tmp_path / "run", *flags], processes)
+    out, err = first.communicate(timeout=60)
+    for process in others:
+        assert process.poll() is None
+        process.kill()
+        assert process.communicate(timeout=60) == ("", "")
+    assert (first.returncode, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import signal
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import Cluster, Job, lines, missing, wait
+from slurm_cluster import CLUSTER, Cluster, Job, lines, needs_root_and, wait
 
 from launch import ROOT, SMALL, losses, metrics, summary, train, validations
 
@@ -37,11 +36,7 @@ CHAIN = {"train": "out", "evaluate": "out-gfrnn-evaluate", "export": "out-gfrnn-
 
 @pytest.fixture(scope="module", autouse=True)
 def _needs() -> None:
-    absent = missing(["slurmctld", "slurmd", "munged", "srun", "unshare", "nsenter"])
-    why = f"a cluster needs {', '.join(absent) or 'root'}"
-    if absent or os.geteuid() != 0:
-        assert not os.environ.get("GFRNN_CI"), why
-        pytest.skip(why)
+    needs_root_and(*CLUSTER)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ Where root or Debian's packages are missing the tests are skipped, and say so; w
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, missing, wait
+from slurm_cluster import CLUSTER, Cluster, needs_root_and, wait
 
 from gfrnn.scaling.folder import StudyFolder
 from gfrnn.scaling.records import Measurement
@@ -25,11 +24,7 @@ HOW = _HOW.split()
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    absent = missing(["slurmctld", "slurmd", "munged", "srun", "unshare", "nsenter"])
-    why = f"a cluster needs {', '.join(absent) or 'root'}"
-    if absent or os.geteuid() != 0:
-        assert not os.environ.get("GFRNN_CI"), why
-        pytest.skip(why)
+    needs_root_and(*CLUSTER)
     with tempfile.TemporaryDirectory(prefix="gfrnn-") as folder, Cluster(Path(folder) / "c", "pid") as running:
         yield running
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from slurm_cluster import missing
+from slurm_cluster import needs_root_and
 
 from gfrnn.scaling.page import write
 from gfrnn.scaling.report import make
@@ -21,9 +19,7 @@ SMALL += ["--updates", "2", "--repeats", "2", "--sweep-seconds", "1"]
 
 
 def test_a_study_over_a_cable(tmp_path: Path) -> None:
-    if os.geteuid() != 0 or missing(["ip", "tc"]):
-        assert not os.environ.get("GFRNN_CI"), "network namespaces need root and ip"
-        pytest.skip("network namespaces need root and ip")
+    needs_root_and("ip", "tc")
     command = [sys.executable, ROOT / "benchmarks/study_links.py", tmp_path, *SMALL, "--json", tmp_path / "found.json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr

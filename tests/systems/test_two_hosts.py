@@ -5,14 +5,13 @@ They are network namespaces, which need root: without it the tests are skipped, 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import lines, missing, wait
+from slurm_cluster import lines, needs_root_and, wait
 
 from hosts import Host, two_hosts
 from launch import ROOT, SMALL, losses, metrics, start_ranks, summary, train
@@ -25,9 +24,7 @@ FLAGS += ["--no-layer-norm"]  # for losses that are the same: see test_slurm.py
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
     """That a name stands for neither is part of it."""
-    if os.geteuid() != 0 or missing(["ip"]):
-        assert not os.environ.get("GFRNN_CI"), "network namespaces need root and ip"
-        pytest.skip("network namespaces need root and ip")
+    needs_root_and("ip")
     with two_hosts(network="10.78.0") as found:
         yield found
 

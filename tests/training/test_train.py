@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,6 @@ from launch import (
     as_from_a_terminal,
     environment,
     losses,
-    metrics,
     script,
     start_ranks,
     start_training,
@@ -27,18 +27,28 @@ from launch import (
     train,
     validations,
     wait_until_listening,
+    warm_script,
 )
 
-FLAGS = [*SMALL, "--max-updates", "400", "--valid-every", "150", "--checkpoint-every", "100", "--dropout", "0.2"]
+FLAGS = [*SMALL, "--max-updates", "200", "--valid-every", "75", "--checkpoint-every", "50", "--dropout", "0.2"]
 FLAGS += ["--learning-rate", "4e-3"]  # at the demo's, rounding differences grow tenfold in a hundred updates
+ENDLESS = [*FLAGS, "--max-updates", "1000000"]  # until they are stopped
+
+
+def under(process: subprocess.Popen[str]) -> dict[psutil.Process, str]:
+    """The processes below it, with their command lines; one that ends while they are read is left out."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # what the launcher asks of the machine is there for a moment
+            found[child] = " ".join(child.cmdline())
+    return found
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The training processes under a launcher, by rank."""
-    found = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
-    return sorted(
-        (p for p in found if "launcher.launch" not in " ".join(p.cmdline())), key=lambda p: p.environ()["RANK"]
-    )
+    commands = under(process).items()
+    found = [p for p, command in commands if "--local_rank" in command and "launcher.launch" not in command]
+    return sorted(found, key=lambda p: p.environ()["RANK"])
 
 
 def wait_for_update(output_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -69,29 +79,20 @@ def whole(tmp_path_factory) -> Path:
 def test_launched_run_leaves_a_complete_folder(whole):
     found = summary(whole)
     assert found["finished"] is True
-    assert found["step"] == 400
+    assert found["step"] == 200
     assert found["world_size"] == 2
     assert found["zero_stage"] == 2
-    assert sorted(losses(whole)) == list(range(1, 401))
-    assert sorted(validations(whole)) == [150, 300, 400]
+    assert sorted(losses(whole)) == list(range(1, 201))
+    assert sorted(validations(whole)) == [75, 150, 200]
     assert found["valid_bpc"] == min(validations(whole).values())
     assert found["test_bpc"] < 8
     assert len(found["sample"]) > 0
-    assert (whole / "checkpoints" / "latest").read_text() == "step-00000400"
+    assert (whole / "checkpoints" / "latest").read_text() == "step-00000200"
 
 
-def test_data_and_logging_cost_little(tmp_path):
-    """The share of an update's time that fetching its batch and writing log lines take, in the demo."""
-    status, _, err = train(tmp_path / "run", ["--preset", "demo", "--max-updates", "40", "--valid-bytes", "5000"])
-    assert status == 0, err
-    shares = sorted(line["overhead_share"] for line in metrics(tmp_path / "run") if "overhead_share" in line)
-    assert len(shares) == 4
-    assert 0 < shares[2] < 0.02
-
-
-@pytest.mark.parametrize("launcher", [False, True])
-def test_one_process_gives_the_same_losses(whole, tmp_path, launcher):
-    status, _, err = train(tmp_path / "run", FLAGS, launcher=launcher)
+def test_one_process_gives_the_same_losses(whole, tmp_path):
+    """With the launcher; without it: below, where a signal comes on the way."""
+    status, _, err = train(tmp_path / "run", FLAGS, launcher=True)
     assert status == 0, err
     alone, together = losses(tmp_path / "run"), losses(whole)
     assert max(abs(alone[step] - together[step]) / together[step] for step in range(1, 101)) < 1e-5
@@ -110,9 +111,10 @@ def test_finished_run_is_not_trained_again(whole):
 def test_kill_of_one_process_ends_the_other_and_resume_is_bit_identical(whole, tmp_path, victim):
     output_dir = tmp_path / "run"
     process = start_training(output_dir, FLAGS, processes=2, stage="z2", launcher=True)
-    wait_for_update(output_dir, 230, process)
+    wait_for_update(output_dir, 20, process)
     ranks = ranks_of(process)
     assert len(ranks) == 2
+    wait_for_update(output_dir, 105, process)
     killed = time.monotonic()
     os.kill(ranks[victim].pid, signal.SIGKILL)
     process.communicate(timeout=60)
@@ -120,10 +122,16 @@ def test_kill_of_one_process_ends_the_other_and_resume_is_bit_identical(whole, t
     assert not any(rank.is_running() for rank in ranks)
     assert time.monotonic() - killed < 45
     assert process.returncode != 0
-    assert (output_dir / "checkpoints" / "latest").read_text() in ("step-00000200", "step-00000300")
+    assert (output_dir / "checkpoints" / "latest").read_text() in ("step-00000100", "step-00000150")
     assert not (output_dir / "summary.json").exists()
 
-    status, _, err = train(output_dir, FLAGS, processes=2, stage="z2", launcher=True)
+    if victim == 0:
+        status, _, err = train(output_dir, FLAGS, processes=2, stage="z2", launcher=True)
+    else:  # as SLURM starts them
+        config = ["--deepspeed", ROOT / "ds_configs/z2.json"]
+        again = start_ranks([ROOT / "src/train.py", *config, "--output-dir", output_dir, *FLAGS], 2)
+        err = again[0].communicate(timeout=120)[1]
+        status = max(abs(rank.wait(60)) for rank in again)
     assert status == 0, err
     assert "resumed at update" in err
     assert losses(output_dir) == losses(whole)
@@ -134,7 +142,7 @@ def test_kill_of_one_process_ends_the_other_and_resume_is_bit_identical(whole, t
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_checkpoints_and_ends_with_75(whole, tmp_path, number):
     output_dir = tmp_path / "run"
-    process = start_training(output_dir, FLAGS)
+    process = start_training(output_dir, FLAGS if number == signal.SIGTERM else ENDLESS)
     wait_for_update(output_dir, 20, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -148,7 +156,7 @@ def test_signal_checkpoints_and_ends_with_75(whole, tmp_path, number):
         status, _, err = train(output_dir, FLAGS)
         assert status == 0, err
         resumed, together = losses(output_dir), losses(whole)
-        assert sorted(resumed) == list(range(1, 401))
+        assert sorted(resumed) == list(range(1, 201))
         assert max(abs(resumed[step] - together[step]) / together[step] for step in range(1, 101)) < 1e-5
 
 
@@ -194,7 +202,7 @@ def test_a_signal_before_training(tmp_path):
 def test_signal_to_the_launcher_checkpoints(tmp_path, number):
     """Ctrl-C reaches the whole group; both ranks save the same update."""
     output_dir = tmp_path / "run"
-    process = start_training(output_dir, FLAGS, processes=2, stage="z1", launcher=True)
+    process = start_training(output_dir, ENDLESS, processes=2, stage="z1", launcher=True)
     wait_for_update(output_dir, 20, process)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
@@ -216,10 +224,10 @@ def test_signal_to_the_launcher_checkpoints(tmp_path, number):
 def test_a_launcher_killed_early_leaves_no_ranks_that_train_on(tmp_path, begun):
     process = start_training(tmp_path / "run", [*SMALL, "--max-updates", "1000000"], processes=2, launcher=True)
     deadline = time.monotonic() + 60
-    while not any(begun in " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)):
+    while not any(begun in command for command in under(process).values()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    below = psutil.Process(process.pid).children(recursive=True)
+    below = list(under(process))
     process.kill()
     _, err = process.communicate(timeout=90)  # whoever lived on would hold its output open
     assert "the launcher was killed at update" in err
@@ -229,9 +237,9 @@ def test_a_launcher_killed_early_leaves_no_ranks_that_train_on(tmp_path, begun):
 
 
 def test_time_limit(tmp_path):
-    status, _, err = train(tmp_path / "run", [*SMALL, "--max-updates", "100000", "--time-limit", "0.1"])
+    status, _, err = train(tmp_path / "run", [*SMALL, "--max-updates", "100000", "--time-limit", "0.05"])
     assert status == 75, err
-    assert "time limit of 0.1 minutes" in err.splitlines()[-1]
+    assert "time limit of 0.05 minutes" in err.splitlines()[-1]
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -278,12 +286,12 @@ def test_two_trainings_in_one_folder(tmp_path):
 
 def test_a_new_run_starts_from_anothers_checkpoint(whole, tmp_path):
     """What the message of a failed run advises: the same model goes on with other settings, in another folder."""
-    start = ["--start-from", str(whole / "checkpoints" / "step-00000400")]
-    changed = ["--rows", "4", "--max-updates", "420", "--learning-rate", "1e-3"]
+    start = ["--start-from", str(whole / "checkpoints" / "step-00000200")]
+    changed = ["--rows", "4", "--max-updates", "220", "--learning-rate", "1e-3"]
     status, _, err = train(tmp_path / "run", [*FLAGS, *start, *changed])
     assert status == 0, err
-    assert sorted(losses(tmp_path / "run")) == list(range(401, 421))
-    assert losses(tmp_path / "run")[401] < 1.2 * losses(whole)[400]
+    assert sorted(losses(tmp_path / "run")) == list(range(201, 221))
+    assert losses(tmp_path / "run")[201] < 1.2 * losses(whole)[200]
     status, _, err = train(tmp_path / "other", [*FLAGS, "--start-from", str(whole), "--hidden-size", "17"])
     assert status == 2
     assert "is of another model" in err.splitlines()[-1]
@@ -295,19 +303,20 @@ def test_evaluate_and_sample_agree_with_the_run(whole):
     scores = json.loads((whole / "scores.json").read_text())
     assert scores["test_bpc"] == pytest.approx(summary(whole)["test_bpc"], abs=1e-4)
     assert scores["characters"] == 100_000
-    narrow = script(
-        "evaluate", whole, "--streams", "64", "--warmup", "20", "--dtype", "bf16", "--json", whole / "b.json"
-    )
+    how = ["--streams", "64", "--warmup", "20", "--dtype", "bf16"]
+    narrow = warm_script("evaluate", whole, *how, "--json", whole / "b.json")
     assert narrow.returncode == 0, narrow.stderr
     rounded = json.loads((whole / "b.json").read_text())["test_bpc"]
     assert 0 < abs(rounded - scores["test_bpc"]) < 0.002 * scores["test_bpc"]
     first = script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
-    again = script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
+    again = warm_script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("The ")
     assert first.stdout == again.stdout
-    dynamic = script("evaluate", whole, "--text-file", ROOT / "LICENSE", "--dynamic", "--streams", "1")
-    static = script("evaluate", whole, "--text-file", ROOT / "LICENSE", "--streams", "1")
+    text = whole.parent / "text"
+    text.write_bytes((ROOT / "LICENSE").read_bytes()[:2000])
+    dynamic = warm_script("evaluate", whole, "--text-file", text, "--dynamic", "--streams", "1")
+    static = warm_script("evaluate", whole, "--text-file", text, "--streams", "1")
     assert dynamic.returncode == static.returncode == 0, dynamic.stderr
     assert "dynamic" in dynamic.stdout
 

@@ -24,7 +24,13 @@ from gfrnn.training import network
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
 
+# DeepSpeed's autotuner, which nothing here calls, imports MLflow if it can: a third of what a start imports.
+_hidden = {"mlflow": None} if "mlflow" not in sys.modules else {}
+sys.modules.update(_hidden)  # type: ignore[arg-type]
 import deepspeed  # noqa: E402
+
+for _name in _hidden:
+    del sys.modules[_name]
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError  # noqa: E402
 
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
