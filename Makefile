@@ -29,7 +29,8 @@ train: $(READY)
 # Files whose tests need no machine to themselves, two at a time, the longest first; the rest look at the clock.
 SIDE_BY_SIDE := tests/training/test_invariance.py tests/training/test_train_settings.py tests/training/test_shards.py \
   tests/nn tests/export tests/training/test_learning.py tests/training/test_memory.py \
-  tests/benchmarks/test_programs_compare.py tests/benchmarks/test_paper_tables.py tests/data/test_streams.py \
+  tests/benchmarks/test_programs_compare.py tests/benchmarks/test_paper_tables.py tests/benchmarks/test_ablations.py \
+  tests/benchmarks/test_xml_closing.py tests/data/test_streams.py \
   $(wildcard tests/data/test_program*.py) \
   $(wildcard tests/training/test_program_*.py) tests/training/test_evaluation.py tests/training/test_sample.py \
   tests/training/test_preflight.py tests/training/test_compression.py tests/training/test_noise_scale.py tests/scaling

@@ -17,10 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,8 +34,8 @@ from gfrnn.runs import RunFolder, load_model, versions, write_json
 from gfrnn.training.evaluate import progress_bar
 from gfrnn.training.grid import Cell, Share, score_grid
 from gfrnn.training.heat_map import Panel, draw
+from trainings import train
 
-ROOT = Path(__file__).parents[1]
 MEASURES = {"accuracy": "characters", "exact": "whole targets"}
 
 
@@ -62,7 +59,7 @@ def main() -> None:
     runs = {name: [flags.output_dir / f"{name}-seed-{seed}" for seed in range(flags.seeds)] for name in nets}
     for seed in range(flags.seeds):  # alternating, so that what is there at any time can be compared
         for name, settings in nets.items():
-            train(flags.launcher, settings, runs[name][seed], seed, flags.training)
+            train_net(flags.launcher, settings, runs[name][seed], seed, flags.training)
     trained = RunFolder(runs["gf"][0]).read_settings()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [load(run, device) for name in nets for run in runs[name]]  # all of GF, then all of stacked
@@ -100,23 +97,20 @@ def nets_of(name: str, flags: list[str]) -> dict[str, Settings]:
     return {"gf": settings, "stack": matched_stack(settings)}
 
 
-def train(launcher: str, settings: Settings, run: Path, seed: int, flags: list[str]) -> None:
+def train_net(launcher: str, settings: Settings, run: Path, seed: int, flags: list[str]) -> None:
     """One run, unless it is finished. In a folder of other settings it ends this program."""
     model = settings.model
-    command = [*shlex.split(launcher), str(ROOT / "src/train.py"), "--preset", settings.preset, *flags]
-    command += ["--hidden-size", str(model.hidden_size), "--feedback", model.feedback, "--patience", "0"]
-    command += ["--seed", str(seed), "--output-dir", str(run)]
-    print(shlex.join(command), file=sys.stderr, flush=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
-    folder = RunFolder(run)
-    summary = folder.read_summary()
-    if done.returncode != 0 or summary is None or not summary["finished"]:
-        sys.exit(
-            f"error: that training ended with status {done.returncode}; where it was stopped the same command goes on"
-        )
-    if folder.read_settings().run.max_updates != settings.run.max_updates:
-        sys.exit(f"error: {run} has a longer run already; give another --output-dir")
+    own = [
+        "--hidden-size",
+        str(model.hidden_size),
+        "--feedback",
+        model.feedback,
+        "--patience",
+        "0",
+        "--seed",
+        str(seed),
+    ]
+    train(launcher, ["--preset", settings.preset, *flags, *own], run, settings.run.max_updates)
 
 
 def load(run: Path, device: str) -> EncoderDecoder:

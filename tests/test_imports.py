@@ -12,8 +12,8 @@ import pytest
 from launch import ROOT, environment
 
 PACKAGE = ROOT / "src/gfrnn"
-ORDER = ("config", "cli", "nn", "data", "runs", "training", "scaling")
-"""config <- nn <- data <- runs <- training <- scaling; cli is above config alone."""
+ORDER = ("config", "shipped", "cli", "nn", "data", "runs", "training", "scaling")
+"""config <- nn <- data <- runs <- training <- scaling; cli and shipped are above config alone."""
 
 
 def imported(path: Path) -> set[str]:
@@ -47,7 +47,7 @@ def test_imports_point_one_way(part: str) -> None:
 
 def test_the_entry_scripts_are_a_few_lines_that_nothing_imports() -> None:
     scripts = sorted((ROOT / "src").glob("*.py"))
-    assert {path.stem for path in scripts} >= {"train", "evaluate", "sample", "study"}
+    assert {path.stem for path in scripts} >= {"train", "evaluate", "sample", "ship", "study"}
     for path in scripts:
         assert imported(path) == {"scaling" if path.stem == "study" else "training"}
         assert len(path.read_text().splitlines()) < 10

@@ -39,7 +39,7 @@ class ExportSettings:
     """Write the step of a trained model for ONNX Runtime, checked against the model."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder (its best checkpoint) or a checkpoint folder."""
+    """A run folder (its best checkpoint), a checkpoint folder, or the name of a model that ships (docs/models.md)."""
     output: Path | None = None
     """The file to write; of a model of programs the folder for encoder.onnx and decoder.onnx. Default: step.onnx, or
     the folder step."""
@@ -74,9 +74,12 @@ def main() -> None:
 def _main() -> None:
     settings = parse(ExportSettings, sys.argv[1:])
     from gfrnn.runs import checkpoint_origin, find_checkpoint, write_json
+    from gfrnn.shipped import is_shipped
 
     checkpoint = find_checkpoint(settings.run)
     trained, corpus_md5 = checkpoint_origin(checkpoint)  # a wrong path answers before torch
+    if settings.register is not None and is_shipped(checkpoint):
+        raise UserError(f"--register: {settings.run} ships, and no MLflow run is its own; register a run of yours")
     output = _validate(settings, trained)
     results = export(settings, checkpoint, trained, corpus_md5, output)
     if settings.json is not None:
@@ -237,11 +240,9 @@ def _nets(model: Model, name: str) -> dict[str, tuple[SymbolRNN, Kind, str]]:
 
 def _metadata(settings: ExportSettings, checkpoint: Path, trained: Settings) -> Metadata:
     """What is known before the check, of the run as a whole."""
-    from gfrnn.runs import RunFolder, versions
+    from gfrnn.runs import checkpoint_results, versions
 
-    folder = RunFolder(checkpoint.parent.parent)
-    summary = folder.read_summary() or {}
-    bpc = {name: summary[f"{name}_bpc"] for name in ("valid", "test") if summary.get(f"{name}_bpc") is not None}
+    run_id, name, bpc = checkpoint_results(checkpoint)
     found = versions() | {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir")}
     return Metadata(
         kind="text",
@@ -249,8 +250,8 @@ def _metadata(settings: ExportSettings, checkpoint: Path, trained: Settings) -> 
         settings=dataclasses.asdict(trained.model),
         precision=settings.precision,
         unroll=settings.unroll,
-        run_id=folder.mlflow_run_id() or folder.path.resolve().name,
-        checkpoint=checkpoint.resolve().name,
+        run_id=run_id,
+        checkpoint=name,
         bpc=bpc,
         versions=found,
     )

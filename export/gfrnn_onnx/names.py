@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 NEWLINE = 10
@@ -25,6 +26,23 @@ Kind = Literal["text", "encoder", "decoder"]
 
 class ModelError(ValueError):
     """A file that cannot be run: missing, damaged, not exported by this package, or not fit for what is asked of it."""
+
+
+def find_model(model: str | Path) -> Path:
+    """The file or folder that is meant: what is there under this path, else the step of the model that ships so named.
+
+    Raises ModelError where neither is.
+    """
+    if Path(model).exists():
+        return Path(model)
+    from gfrnn import shipped  # here: a path needs nothing but this package
+
+    folder = shipped.find_shipped(model)
+    if folder is None:
+        raise ModelError(f"{model} is not there: give a file that to_onnx.py has written{shipped.names_known(model)}")
+    if not (folder / shipped.STEP).is_file():
+        raise ModelError(f"{model} ships without {shipped.STEP}: write one with to_onnx.py {model}")
+    return folder / shipped.STEP
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from gfrnn_onnx.names import DECODER, ENCODER, LOGITS, NEWLINE, Metadata, ModelError
+from gfrnn_onnx.names import DECODER, ENCODER, LOGITS, NEWLINE, Metadata, ModelError, find_model
 from gfrnn_onnx.runner import Logits, Provider, Rows, Step, Symbols
 from gfrnn_onnx.sampling import Sampling, bits, draw, stop_length
 from gfrnn_onnx.state import State
@@ -27,7 +27,7 @@ class Session:
     """A model of text (a step.onnx), or of programs (a folder with encoder.onnx and decoder.onnx).
 
     Args:
-        path: the file, or the folder.
+        path: the file, the folder, or the name of a model that ships.
         provider: "cpu" or "cuda"; None: CUDA where it works, else the CPU. `provider` then says which it is.
         threads: of the CPU's products; None: one a physical core.
 
@@ -36,7 +36,7 @@ class Session:
     """
 
     def __init__(self, path: str | Path, provider: Provider | None = None, *, threads: int | None = None):
-        path = Path(path)
+        path = find_model(path)
         self.encoder: Step | None = None
         if path.is_dir():
             self.encoder = Step(path / ENCODER, provider, threads=threads)

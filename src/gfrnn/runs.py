@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfrnn import __version__
+from gfrnn import __version__, shipped
 from gfrnn.config import Settings, Stopped, UserError
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Checkpoint:
     """Carried state by global row: h, c [L, R, H]."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Position, schedule, best result, ... plain JSON values."""
+    is_shipped: bool = False
+    """A model that ships: rounded weights, and second moments alone of the optimizer. No run goes on from it."""
 
     @property
     def best_weights(self) -> TensorsByName:
@@ -273,12 +275,12 @@ class RunFolder:
         else:
             writing = self.checkpoints / f".writing-{target.name}"
             writing.mkdir()
-            _save_tensors(writing / "weights.safetensors", checkpoint.weights)
+            save_tensors(writing / "weights.safetensors", checkpoint.weights)
             if checkpoint.averages is not None:
-                _save_tensors(writing / "averages.safetensors", checkpoint.averages)
+                save_tensors(writing / "averages.safetensors", checkpoint.averages)
             flat = {f"{key}/{name}": t for key, named in checkpoint.optimizer.items() for name, t in named.items()}
-            _save_tensors(writing / "optimizer.safetensors", flat)
-            _save_tensors(writing / "state.safetensors", checkpoint.state)
+            save_tensors(writing / "optimizer.safetensors", flat)
+            save_tensors(writing / "state.safetensors", checkpoint.state)
             _save_trainer(writing, checkpoint)
             _sync(writing)
             self.check_owned()  # again: writing takes its time
@@ -308,15 +310,15 @@ class RunFolder:
 
 
 def find_checkpoint(run: str | Path) -> Path:
-    """The checkpoint folder that RUN means: a run folder's best (else latest) one, or a checkpoint itself.
+    """The folder that RUN means: a run folder's best (else latest) checkpoint, a checkpoint, or a model that ships.
 
-    Raises UserError if there is none.
+    A path that is there comes before a name. Raises UserError if there is none.
     """
-    path = Path(run)
-    if (path / "trainer.json").exists():
+    path = shipped.find_shipped(run) or Path(run)
+    if (path / "trainer.json").exists() or shipped.is_shipped(path):
         return path
     if not path.is_dir():
-        raise UserError(f"{run} is neither a run folder nor a checkpoint: no such folder")
+        raise UserError(f"{run} is neither a run folder nor a checkpoint: no such folder{shipped.names_known(run)}")
     folder = RunFolder(path)
     found = folder.named_checkpoint("best") or folder.named_checkpoint("latest")
     if found is None:
@@ -326,13 +328,33 @@ def find_checkpoint(run: str | Path) -> Path:
 
 def checkpoint_origin(path: Path) -> tuple[Settings, str | None]:
     """What a checkpoint was trained with: settings, MD5 of the text. Raises UserError if the file is damaged."""
-    trainer = _read_json(path / "trainer.json", "settings")
+    trainer = shipped.read_config(path) if _is_shipped(path) else _read_json(path / "trainer.json", "settings")
     return Settings.from_json(trainer["settings"]), trainer.get("corpus_md5")
 
 
 def checkpoint_step(path: Path) -> int:
     """Updates after which a checkpoint was written. Raises UserError if the file is damaged."""
+    if _is_shipped(path):
+        return int(shipped.read_config(path)["step"])
     return int(_read_json(path / "trainer.json", "position")["position"]["step"])
+
+
+def checkpoint_results(path: Path) -> tuple[str, str, dict[str, float]]:
+    """(the run as MLflow, else its folder calls it; the checkpoint's name; the run's BPC, valid and test if known).
+
+    Of a model that ships: its own name, and its own BPC.
+    """
+    if _is_shipped(path):
+        config = shipped.read_config(path)
+        return path.resolve().name, f"step-{config['step']:08d}", config["bpc"]
+    folder = RunFolder(path.parent.parent)
+    summary = folder.read_summary() or {}
+    bpc = {name: summary[f"{name}_bpc"] for name in ("valid", "test") if summary.get(f"{name}_bpc") is not None}
+    return folder.mlflow_run_id() or folder.path.resolve().name, path.resolve().name, bpc
+
+
+def _is_shipped(path: Path) -> bool:
+    return not (path / "trainer.json").exists() and shipped.is_shipped(path)
 
 
 def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
@@ -343,15 +365,23 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    ships = _is_shipped(path)
+    mend = "install gfrnn again, or ship the model again" if ships else f"start from another one under {path.parent}"
+
     def tensors(name: str) -> TensorsByName:
         try:
             (path / name).open("rb").close()  # safetensors calls every failure a missing file
             return load_file(path / name)
         except (SafetensorError, FileNotFoundError) as error:
-            raise UserError(
-                f"checkpoint {path / name} is missing or damaged ({error}); start from another one under {path.parent}"
-            ) from error
+            raise UserError(f"checkpoint {path / name} is missing or damaged ({error}); {mend}") from error
 
+    if ships:
+        config = shipped.read_config(path)
+        weights, moments = shipped.unpack(tensors(shipped.WEIGHTS))
+        optimizer = {"exp_avg_sq": moments} if moments and not weights_only else {}
+        checkpoint = Checkpoint(weights, optimizer, trainer=config, is_shipped=True)
+        _check_content(checkpoint, path)
+        return checkpoint
     trainer = _read_json(path / "trainer.json", "settings", _HAS_AVERAGES)
     has_averages = trainer.pop(_HAS_AVERAGES)
     checkpoint = Checkpoint(weights=tensors("weights.safetensors"), trainer=trainer)
@@ -457,7 +487,8 @@ def _save_trainer(folder: Path, checkpoint: Checkpoint) -> None:
     write_json(folder / "trainer.json", {**checkpoint.trainer, _HAS_AVERAGES: checkpoint.averages is not None})
 
 
-def _save_tensors(path: Path, tensors: TensorsByName) -> None:
+def save_tensors(path: Path, tensors: TensorsByName) -> None:
+    """A safetensors file, synced. Raises OSError where it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -17,7 +17,7 @@ from gfrnn.config import ModelSettings, UserError, preset
 from gfrnn.nn import LanguageModel
 from gfrnn.runs import Checkpoint, RunFolder
 from gfrnn.training import sample
-from gfrnn.training.sample import device_of, generate
+from gfrnn.training.sample import device_of, generate, generate_all
 from launch import ROOT, environment, script
 
 SMALL = ModelSettings(num_layers=2, hidden_size=6, output_skips=True)
@@ -176,3 +176,18 @@ def test_device_of() -> None:
         with pytest.raises(UserError, match=f"--device {name} is ") as caught:
             device_of(name)
         assert "\n" not in str(caught.value)
+
+
+def test_rows_side_by_side_are_what_one_alone_is() -> None:
+    model = model_of()
+    prompts = [b"abc", b"xyz", b"\xff\x00\xfe"]
+    greedy = generate_all(model, prompts, 20, temperature=0)
+    assert greedy == [generate(model, prompt, 20, temperature=0) for prompt in prompts]
+    assert len(set(greedy)) > 1
+    drawn = generate_all(model_of(spread=1.0), [b"x"] * 5, 40, seed=3)
+    assert len(set(drawn)) == 5  # each has draws of its own
+    assert drawn == generate_all(model_of(spread=1.0), [b"x"] * 5, 40, seed=3)
+    long = [bytes(range(256)) * 9] * 2  # read in parts
+    assert generate_all(model, long, 2, temperature=0)[1] == generate(model, long[0], 2, temperature=0)
+    with pytest.raises(ValueError, match="one length"):
+        generate_all(model, [b"a", b"ab"], 5)

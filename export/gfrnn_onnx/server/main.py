@@ -32,7 +32,7 @@ class ServeSettings:
     """Serve an exported model of text: OpenAI's completions interface, scores, and a page to try it."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A step.onnx that to_onnx.py has written."""
+    """A step.onnx that to_onnx.py has written, or the name of a model that ships."""
     host: str = "127.0.0.1"
     """Address to listen at. Another than the loopback opens it to the network: then give a key too."""
     port: int = 8000
@@ -55,7 +55,7 @@ def main() -> None:
 
 def _main() -> None:
     settings = parse(ServeSettings, sys.argv[1:])
-    _validate(settings)
+    model = _validate(settings)
     import uvicorn
 
     from gfrnn_onnx.names import ModelError
@@ -65,7 +65,7 @@ def _main() -> None:
     listener = _listen(settings.host, settings.port)
     provider = None if settings.provider == "auto" else settings.provider
     try:
-        step = Step(settings.model, provider, threads=settings.threads or None)
+        step = Step(model, provider, threads=settings.threads or None)
         if step.metadata.kind != "text":
             raise ModelError(f"{settings.model} is half of a model of programs: only models of text are served")
         service = Service(step, settings.name or settings.model.stem, settings.limits)
@@ -120,8 +120,8 @@ def _server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
     return Server(config)
 
 
-def _validate(settings: ServeSettings) -> None:
-    """Refuses what cannot work before anything is loaded; raises UserError."""
+def _validate(settings: ServeSettings) -> Path:
+    """Refuses what cannot work before anything is loaded; the model's file. Raises UserError."""
     if not 0 <= settings.port < 65536:
         raise UserError(f"--port is {settings.port}; it must be from 0 to 65535")
     if settings.threads < 0:
@@ -144,10 +144,14 @@ def _validate(settings: ServeSettings) -> None:
         value = getattr(limits, name)
         if not least <= value <= most:  # nor nan
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be from {least} to {most}")
-    if not settings.model.exists():
-        raise UserError(f"{settings.model} is not there: give a file that to_onnx.py has written")
     if settings.model.is_dir():
         raise UserError(f"{settings.model} is a folder: only models of text are served, which are one file")
+    from gfrnn_onnx.names import ModelError, find_model
+
+    try:
+        return find_model(settings.model)
+    except ModelError as error:
+        raise UserError(str(error)) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -253,7 +253,8 @@ class Settings:
     output_dir: Path = Path("runs/gf-lstm-5x700")
     """Run folder. Starting again with the same folder resumes."""
     start_from: Path | None = None
-    """A new run goes on from this checkpoint of another run of the same model (after a loss that exploded, say)."""
+    """A new run goes on from this checkpoint of another run of the same model (after a loss that exploded, say), or
+    begins with the weights of a model that ships."""
     deepspeed: Path | None = None
     """DeepSpeed config file (ds_configs/*.json); none: stage 0."""
     seed: int = 0

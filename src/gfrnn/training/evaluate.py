@@ -30,7 +30,7 @@ class EvaluateSettings:
     """Bits per character of a trained model on held-out text; of a model of programs, its accuracy by difficulty."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder (its best checkpoint) or a checkpoint folder."""
+    """A run folder (its best checkpoint), a checkpoint folder, or the name of a model that ships (docs/models.md)."""
     other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")] = ""
     """Programs: a second run; what the first gains over it is shown too."""
     text_file: Path | None = None

@@ -94,6 +94,8 @@ class Trainer:
         if latest is not None:
             saved = load_checkpoint(latest)
             load_weights(model, saved.weights, latest)  # before DeepSpeed makes its own copies
+            if saved.is_shipped:  # weights are all that it has: a run begins with them
+                saved = None
         # a plain copy for validation and sampling: neither ever touches the engine's weights
         self.plain_model = build_model(settings).to(device).eval()
         self.parameters = sum(p.numel() for p in model.parameters())

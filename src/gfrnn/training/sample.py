@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ from gfrnn.data.programs import encode
 if TYPE_CHECKING:
     from gfrnn.nn import LanguageModel, State
 
-_PROMPT_BYTES_AT_A_TIME = 1024
+_PROMPT_BYTES_AT_A_TIME = 1024  # of all rows
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SampleSettings:
     """Continue a prompt with a trained model, or predict what a program prints."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder (its best checkpoint) or a checkpoint folder."""
+    """A run folder (its best checkpoint), a checkpoint folder, or the name of a model that ships (docs/models.md)."""
     program: Path | None = None
     """For a model of programs: print what it takes this file's program to print; - reads standard input."""
     prompt: str = ""
@@ -54,32 +55,56 @@ def generate(
         top_p: draw only from the most likely bytes that together have this probability, 0 < top_p <= 1.
         seed: the same one gives the same bytes; 0 to 2^63 - 1.
     """
+    return generate_all(model, [prompt], length, temperature=temperature, top_p=top_p, seed=seed)[0]
+
+
+def generate_all(
+    model: LanguageModel,
+    prompts: Sequence[bytes],
+    length: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> list[bytes]:
+    """As `generate`, of prompts of one length side by side, each with draws of its own: the same prompts, order and
+    seed give the same texts. progress: called with the part done, 0 to 1.
+    """
+    import numpy as np
     import torch
 
+    if len({len(prompt) for prompt in prompts}) > 1:
+        raise ValueError("prompts that are continued side by side must have one length")
     device = next(model.parameters()).device
     # drawn on the CPU, so that a seed means the same text on every device
     generator = torch.Generator().manual_seed(seed)
     model.eval()
-    written = bytearray()
+    B = len(prompts)
+    written_NB = torch.zeros(length, B, dtype=torch.uint8)
     state: State | None = None
     with torch.no_grad():
-        symbols = torch.tensor([NEWLINE, *prompt])
-        for _ in range(length):
-            for part in symbols.split(_PROMPT_BYTES_AT_A_TIME):
-                logits_TBV, state = model(part.to(device).unsqueeze(1), state)
-            logits_V = logits_TBV[-1, 0].double().cpu()
+        read_B = [np.frombuffer(bytes([NEWLINE]) + prompt, np.uint8) for prompt in prompts]
+        symbols_TB = torch.from_numpy(np.stack(read_B, 1)).long()
+        for position in range(length):
+            for part_TB in symbols_TB.split(max(1, _PROMPT_BYTES_AT_A_TIME // B)):
+                logits_TBV, state = model(part_TB.to(device), state)
+            logits_BV = logits_TBV[-1].double().cpu()
             if temperature == 0:
-                symbol = logits_V.argmax()
+                symbols_B = logits_BV.argmax(1)
             else:
                 # the largest one is 0, so that no temperature is too small
-                probability_V = torch.softmax((logits_V - logits_V.max()) / temperature, 0)
-                probability_V, order_V = probability_V.sort(descending=True, stable=True)
+                largest_B1 = logits_BV.amax(1, keepdim=True)
+                probability_BV = torch.softmax((logits_BV - largest_B1) / temperature, 1)
+                probability_BV, order_BV = probability_BV.sort(descending=True, stable=True)
                 # keep the first whose predecessors' sum is still below top_p: at least one
-                probability_V[probability_V.cumsum(0) - probability_V >= top_p] = 0
-                symbol = order_V[torch.multinomial(probability_V, 1, generator=generator)]
-            symbols = symbol.view(1)
-            written.append(int(symbol))
-    return bytes(written)
+                probability_BV[probability_BV.cumsum(1) - probability_BV >= top_p] = 0
+                symbols_B = order_BV.gather(1, torch.multinomial(probability_BV, 1, generator=generator)).squeeze(1)
+            written_NB[position] = symbols_B
+            symbols_TB = symbols_B.unsqueeze(0)
+            if progress is not None:
+                progress((position + 1) / length)
+    return [row.numpy().tobytes() for row in written_NB.T.contiguous()]
 
 
 def device_of(name: str) -> str:
