@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -43,9 +44,16 @@ def stamps(study: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in study.glob("points/*/measurement.json")}
 
 
+@pytest.fixture
+def where(tmp_path: Path, mlflow_tables: Path) -> Path:
+    """A new study's folder; MLflow's database lies beside it."""
+    shutil.copy(mlflow_tables, tmp_path / "mlflow.db")
+    return tmp_path / "s"
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two configs on one and two processes, and a point that cannot be."""
+    """Of two configs on one and two processes."""
     where = tmp_path_factory.mktemp("study") / "s"
     flags = [*GRID, *HOW, "--ds-configs", "z2", "z3", "--world-sizes", "1", "2"]
     done = script("study", "run", where, *flags)
@@ -179,9 +187,8 @@ def ranks(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
     raise AssertionError(process.communicate())
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on(where: Path) -> None:
     """And what it started does not live on; a process that is killed is a result, which --again measures anew."""
-    where = tmp_path / "s"
     flags = [*GRID, *HOW, "--world-sizes", "1", "2", "--sweep-seconds", "0"]
     process = start(where, *flags)
     deadline = time.monotonic() + 120
@@ -208,47 +215,46 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     assert {name: stamps(where)[name] for name in before} == before
     assert measured(where)[1].point.world_size == 2
     # a failed result was one as well: MLflow keeps both
-    measurements, _ = read(f"sqlite:///{tmp_path}/mlflow.db", "gfrnn-study")
+    measurements, _ = read(f"sqlite:///{where.parent}/mlflow.db", "gfrnn-study")
     assert [bool(each.failed) for each in measurements] == [False, True, False]
 
 
-def test_failures_do_not_end_a_study(tmp_path: Path) -> None:
+def test_failures_do_not_end_a_study(where: Path) -> None:
     """A text that is too short for a point, as its process finds out; the next one is measured."""
-    (tmp_path / "text").write_bytes(b"All work and no play. " * 100)
-    text = ["--corpus-file", str(tmp_path / "text"), "--sweep-seconds", "0"]
-    flags = ["--presets", "demo", "--rows", "4", "--steps", "600", "10", *HOW, *text]
-    done = script("study", "run", tmp_path / "s", *flags)
+    text = where.parent / "text"
+    text.write_bytes(b"All work and no play. " * 100)
+    flags = ["--presets", "demo", "--rows", "4", "--steps", "600", "10", *HOW, "--sweep-seconds", "0"]
+    done = script("study", "run", where, *flags, "--corpus-file", text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 of 2 points are done, 1 of them failed")
-    short, good = measured(tmp_path / "s")
+    short, good = measured(where)
     assert "too short for 4 rows x 600 steps" in short.failed
     assert "\n" not in short.failed
     assert not good.failed
 
 
-def test_a_point_that_takes_too_long(tmp_path: Path) -> None:
-    done = script("study", "run", tmp_path / "s", *GRID, *HOW, "--limit", "0.02")
+def test_a_point_that_takes_too_long(where: Path) -> None:
+    done = script("study", "run", where, *GRID, *HOW, "--limit", "0.02")
     assert done.returncode == 0, done.stderr
-    assert measured(tmp_path / "s")[0].failed == "took more than 0.02 minutes"
+    assert measured(where)[0].failed == "took more than 0.02 minutes"
 
 
-def test_what_others_started_is_collected(tmp_path: Path) -> None:
+def test_what_others_started_is_collected(where: Path) -> None:
     """As slurm/measure.sbatch does: processes with variables of their own, then what came of them."""
-    where = tmp_path / "s"
     script("study", "run", where, *GRID, *HOW, "--world-sizes", "1", "2", "--slurm", "--dry-run")
     alone = script("study", "measure", where, "1")
     assert alone.returncode == 0, alone.stderr
     wrong = script("study", "measure", where, "2")  # one process, where the point is for two
     assert wrong.returncode == 2
-    (tmp_path / "said").write_text(wrong.stderr)
+    said = where.parent / "said"
+    said.write_text(wrong.stderr)
     for number, status in (("1", "0"), ("2", "2")):
-        flags = ["--status", status, "--said", str(tmp_path / "said"), "--experiment", "theirs"]
-        done = script("study", "collect", where, number, *flags)
+        done = script("study", "collect", where, number, "--status", status, "--said", said, "--experiment", "theirs")
         assert done.returncode == 0, done.stderr
     good, bad = measured(where)
     assert not good.failed
     assert bad.failed == f"{bad.point.name} is for 2 processes, these are 1"
-    assert read(f"sqlite:///{tmp_path}/mlflow.db", "theirs")[0] == [good, bad]
+    assert read(f"sqlite:///{where.parent}/mlflow.db", "theirs")[0] == [good, bad]
 
 
 # ------------------------------------------------------------------------------------------- what is computed of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from gfrnn.scaling.store import Store, log, read, tags
 
 
 @pytest.fixture
-def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def uri(tmp_path: Path, mlflow_tables: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a store in which there is nothing."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(mlflow_tables, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
@@ -99,7 +102,8 @@ def test_other_runs_are_left_out_and_said_to_be(uri: str, capsys: pytest.Capture
     assert capsys.readouterr().err.startswith("note: 3 of 4 runs of scaling are not measurements of this version")
 
 
-def test_what_is_not_there_is_one_line(uri: str, tmp_path: Path) -> None:
+def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match="there is no MLflow database"):
         read(uri, "scaling")
     assert not (tmp_path / "mlflow.db").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,17 @@ import pytest
 from synthetic import MACHINE, POINTS, PRESET, measured, sweep, truth
 
 from gfrnn.config import UserError
+from gfrnn.scaling import main
 from gfrnn.scaling.store import log
 from gfrnn.scaling.trainings import find_target
 from launch import ROOT, environment
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+def uri(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> str:
     """A store with three trainings, and the measurements of a study."""
     folder = tmp_path_factory.mktemp("store")
+    shutil.copy(mlflow_tables, folder / "mlflow.db")
     found = f"sqlite:///{folder}/mlflow.db"
     for number, point in enumerate(POINTS):
         each = dataclasses.replace(measured(truth(), point), machine=MACHINE, flops=10**9)
@@ -66,15 +69,24 @@ def report(*flags: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_report_is_made_from_mlflow_alone(uri: str, tmp_path: Path) -> None:
+def report_here(monkeypatch: pytest.MonkeyPatch, *flags: str | Path) -> None:
+    """The same command in this process, which need not import everything again."""
+    monkeypatch.setattr(sys, "argv", ["study.py", "report", *map(str, flags)])
+    main._main()
+
+
+def test_the_report_is_made_from_mlflow_alone(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--tracking-uris", uri, "--output", tmp_path / "report", "--target-bpc", "2.5", "--clusters", "laptop"]
     done = report(*flags)
     assert done.returncode == 0, done.stderr
     assert "GPUs are worth using to reach 2.5 BPC" in done.stdout
     assert done.stdout.splitlines()[-1] == f"page: {tmp_path}/report/index.html"
-    again = report(*flags)  # the first report is in the experiment now
-    assert again.stdout == done.stdout
-    assert "note" not in again.stderr
+    report_here(monkeypatch, *flags)  # the first report is in the experiment now
+    again = capsys.readouterr()
+    assert again.out == done.stdout
+    assert "note" not in again.err
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
@@ -84,15 +96,27 @@ def test_the_report_is_made_from_mlflow_alone(uri: str, tmp_path: Path) -> None:
     assert "index.html" in [file.path for file in client.list_artifacts(runs[0].info.run_id)]
 
 
+NO_DATABASE = ["--tracking-uris", "sqlite:////no/such.db"]
+
+
+def test_a_users_error_is_a_line(tmp_path: Path) -> None:
+    done = report("--output", tmp_path, *NO_DATABASE)
+    assert (done.returncode, "error: there is no MLflow database at" in done.stderr) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tracking-uris", "sqlite:////no/such.db"], "error: there is no MLflow database at"),
-        (["--clusters", "no-such"], "error: no-such is no cluster; give a YAML file or one of dgx-a100"),
-        (["--preset", "demo"], "error: --preset demo: no measurement in gfrnn-study is of it"),
+        (NO_DATABASE, "there is no MLflow database at"),
+        (["--clusters", "no-such"], "no-such is no cluster; give a YAML file or one of dgx-a100"),
+        (["--preset", "demo"], "--preset demo: no measurement in gfrnn-study is of it"),
     ],
 )
-def test_a_users_error_is_a_line(flags: list[str], said: str, uri: str, tmp_path: Path) -> None:
-    done = report("--tracking-uris", uri, "--output", tmp_path, *flags)
-    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_cannot_be_reported_is_said(
+    flags: list[str], said: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError) as caught:
+        report_here(monkeypatch, "--tracking-uris", uri, "--output", tmp_path, *flags)
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
