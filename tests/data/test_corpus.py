@@ -37,6 +37,11 @@ def _zip(*texts: bytes) -> bytes:
     return file.getvalue()
 
 
+def _name(value: str | bytes) -> str:
+    """Of a test: archives have the time in them, and a test is called the same in every process."""
+    return value if isinstance(value, str) else "content"
+
+
 def _whole(text: Text) -> bytes:
     return b"".join(part.tobytes() for part in (text.train, text.valid, text.test))
 
@@ -251,6 +256,7 @@ def test_importing_is_cheap_and_a_built_text_needs_no_datasets(tmp_path: Path) -
         (_zip(PLAIN[:9000], PLAIN[:10]), "is a zip of 2 files; it must hold exactly one"),
         (_zip(), "is a zip of 0 files; it must hold exactly one"),
     ],
+    ids=_name,
 )
 def test_a_bad_corpus_file_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
     path = _write(tmp_path / "bad", content)
@@ -362,6 +368,7 @@ def test_without_a_network_one_line_says_what_to_do(
 @pytest.mark.parametrize(
     ("name", "content"),
     [("enwik8", PLAIN), ("enwik8.zip", _zip(PLAIN)), ("enwik8.gz", gzip.compress(PLAIN)), ("enwik8.zip", PLAIN)],
+    ids=_name,
 )
 def test_a_file_put_by_hand_is_used(server: Server, name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
