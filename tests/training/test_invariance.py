@@ -36,13 +36,20 @@ def run_workers(folder: Path, processes: int, jobs: list[str], dtype: str = "fp3
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Every combination, then every resume, a set of processes for each world size."""
+    """Every combination and every resume: a set of processes for each world size, and one more for what it resumes of
+    more processes."""
     folder = tmp_path_factory.mktemp("invariance")
+
+    def resumes(processes: int, *, of_more: bool) -> list[str]:
+        chosen = [(saved, to) for saved, to in RESUMES if to[1] == processes and (saved[1] > processes) == of_more]
+        return [f"{s}:{a}:{name_of(*saved)}" for saved, (s, _, a) in chosen]
+
     for processes in PROCESSES:
-        run_workers(folder, processes, [f"{stage}:{a}" for stage in STAGES for a in ACCUMULATIONS])
+        combinations = [f"{stage}:{a}" for stage in STAGES for a in ACCUMULATIONS]
+        run_workers(folder, processes, [*combinations, *resumes(processes, of_more=False)])
     for processes in PROCESSES:
-        jobs = [f"{s}:{a}:{name_of(*saved)}" for saved, (s, w, a) in RESUMES if w == processes]
-        run_workers(folder, processes, jobs)
+        if jobs := resumes(processes, of_more=True):
+            run_workers(folder, processes, jobs)
     return folder
 
 

@@ -14,7 +14,7 @@ from gfrnn.data import generate_programs
 from gfrnn.nn import EncoderDecoder
 from gfrnn.runs import load_model
 from gfrnn.training.program_evaluation import predict
-from launch import ROOT, losses, metrics, script, summary, train, validations
+from launch import ROOT, losses, metrics, script, summary, train, validations, warm_script
 
 _SMALL = """--preset programs-demo --num-layers 2 --hidden-size 32 --rows 32 --log-every 10
 --num-programs 3000 --valid-programs 200 --nesting 1 --length 2 --valid-every 100"""
@@ -73,7 +73,8 @@ def test_programs_are_learned(run: Path) -> None:
 def test_evaluation_writes_tables_files_a_picture_and_tracks_them(run: Path, tmp_path: Path) -> None:
     names = {kind: tmp_path / f"found.{kind}" for kind in ("json", "csv", "png")}
     files = ["--json", names["json"], "--csv", names["csv"], "--heat-map", names["png"]]
-    done = script("evaluate", run, "--cell-programs", "50", "--nesting", "2", "--length", "3", "--show", "3", *files)
+    grid = ["--cell-programs", "50", "--nesting", "2", "--length", "3"]
+    done = warm_script("evaluate", run, *grid, "--show", "3", *files)
     assert done.returncode == 0, done.stderr
     assert f"{run}/checkpoints/step-00000200: whole targets right, %" in done.stdout.splitlines()
     assert done.stdout.count("; predicted ") == 3
@@ -91,7 +92,7 @@ def test_evaluation_writes_tables_files_a_picture_and_tracks_them(run: Path, tmp
 
 
 def test_two_runs_are_compared_cell_by_cell(run: Path, stack: Path, tmp_path: Path) -> None:
-    done = script("evaluate", run, stack, "--cell-programs", "50", "--json", tmp_path / "found.json")
+    done = warm_script("evaluate", run, stack, "--cell-programs", "50", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr
     assert "gain of the first" in done.stdout
     for cell in json.loads((tmp_path / "found.json").read_text())["cells"]:
@@ -107,10 +108,10 @@ def test_a_prediction_is_of_the_file(run: Path, tmp_path: Path) -> None:
     for number, sample in enumerate(generate_programs(4, length=2, nesting=1, seed=9)):
         file = tmp_path / f"{number}.py"
         file.write_text(sample.program + "\n")
-        done = script("sample", run, "--program", file)
+        done = warm_script("sample", run, "--program", file)
         assert done.returncode == 0, done.stderr
         found[sample.program] = done.stdout.strip()
-        piped = script("sample", run, "--program", "-", input=sample.program)
+        piped = warm_script("sample", run, "--program", "-", input=sample.program)
         assert piped.stdout == done.stdout
     model = load_model(run)[0]
     assert isinstance(model, EncoderDecoder)
@@ -167,7 +168,7 @@ BAD_FLAGS = {
 
 
 def refusal(name: str, *flags: str | Path) -> str:
-    done = script(name, *flags)
+    done = warm_script(name, *flags)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if not line.startswith("making ")]
     assert len(lines) == 1, done.stderr

@@ -23,7 +23,7 @@ from gfrnn.config import Settings
 from gfrnn.runs import RunFolder
 from gfrnn.training.mlflow_sender import SystemMetrics, tracking_uri
 from gfrnn.training.tracking import Tracker, main, ui_command
-from launch import SMALL, environment, free_port, losses, script, summary
+from launch import SMALL, environment, free_port, losses, summary, warm_script
 
 # ------------------------------------------------------------------------------------------------- a trainer's part
 
@@ -422,7 +422,7 @@ def test_what_a_dead_server_missed_is_sent_by_hand(run: Run, server: Server) -> 
 def test_a_dead_mlflow_server_costs_a_warning_and_the_next_start_sends_it_all(tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
     flags = [*(flag for flag in SMALL if flag != "--no-mlflow"), "--max-updates", "20", "--output-dir", output_dir]
-    dead = script("train", *flags, env=environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}"))
+    dead = warm_script("train", *flags, env=environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}"))
     assert dead.returncode == 0, dead.stderr
     assert summary(output_dir)["finished"] is True
     warnings = [line for line in dead.stderr.splitlines() if line.startswith("MLflow")]
@@ -432,7 +432,7 @@ def test_a_dead_mlflow_server_costs_a_warning_and_the_next_start_sends_it_all(tm
     assert "Traceback" not in dead.stderr
 
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    again = script("train", *flags, env=environment(MLFLOW_TRACKING_URI=store))
+    again = warm_script("train", *flags, env=environment(MLFLOW_TRACKING_URI=store))
     assert again.returncode == 0, again.stderr
     assert "finished already" in again.stderr
     there = client(store)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import ROOT, SMALL, losses, metrics, script, summary, train, validations
+from launch import ROOT, SMALL, losses, metrics, script, start_ranks, summary, train, validations, warm_script
 
 
 def test_bf16_learns(tmp_path):
@@ -98,9 +98,11 @@ def test_a_finished_run_goes_on_with_more_updates(tmp_path):
 def test_profile(tmp_path):
     """A trace that Perfetto opens, of as many updates as were asked for, by each process."""
     flags = [*SMALL, "--max-updates", "9", "--profile", "2", "--accumulation", "2", "--recompute", "5"]
-    status, _, err = train(tmp_path / "run", flags, processes=2, stage="z2", launcher=True)
-    assert status == 0, err
-    assert "2 updates traced into" in err
+    config = ROOT / "ds_configs/z2.json"
+    ranks = start_ranks([ROOT / "src/train.py", *flags, "--deepspeed", config, "--output-dir", tmp_path / "run"], 2)
+    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "2 updates traced into" in said[0]
     files = sorted((tmp_path / "run" / "profile").iterdir())
     assert [file.name for file in files] == [f"from-00000000-rank-{rank}.json.gz" for rank in (0, 1)]
     for file in files:
@@ -123,7 +125,7 @@ def test_prepare_builds_the_corpus_and_ends(tmp_path):
     (arrow,) = (tmp_path / "data").rglob("text-train.arrow")
     built = arrow.stat().st_mtime
     assert built > begin - 1
-    done = script("train", *SMALL, *data, "--max-updates", "3", "--output-dir", tmp_path / "run")
+    done = warm_script("train", *SMALL, *data, "--max-updates", "3", "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert arrow.stat().st_mtime == built
 
@@ -143,7 +145,7 @@ def test_custom_configs_train(tmp_path, config, dtype):
     """Other strategies, on one process: they learn as the plain one does, within what bf16 loses."""
     (tmp_path / "custom.json").write_text(json.dumps(config))
     flags = [*SMALL, "--max-updates", "60", "--valid-every", "0", "--warmup-updates", "5", "--dtype", dtype]
-    done = script("train", *flags, "--output-dir", tmp_path / "run", "--deepspeed", tmp_path / "custom.json")
+    done = warm_script("train", *flags, "--output-dir", tmp_path / "run", "--deepspeed", tmp_path / "custom.json")
     assert done.returncode == 0, done.stderr
     found = losses(tmp_path / "run")
     assert found[60] < 0.75 * found[1]
