@@ -26,16 +26,18 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)
 	DS_ACCELERATOR=$(if $(filter-out 0,$(GPUS)),cuda,cpu) $(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) src/train.py --deepspeed ds_configs/z2.json --preset demo --output-dir $(RUN)
 
-# Files whose tests need no machine to themselves, two at a time, the longest first; the rest look at the clock.
-SIDE_BY_SIDE := tests/training/test_invariance.py tests/training/test_train_settings.py tests/training/test_shards.py \
-  tests/nn tests/export tests/training/test_learning.py tests/training/test_memory.py \
-  tests/benchmarks/test_programs_compare.py tests/data/test_streams.py $(wildcard tests/data/test_program*.py) \
-  $(wildcard tests/training/test_program_*.py) tests/training/test_evaluation.py tests/training/test_sample.py \
-  tests/training/test_preflight.py tests/training/test_compression.py tests/training/test_noise_scale.py tests/scaling
+# Tests that measure by the clock have the machine to themselves. The rest run two files at a time, those that take longest
+# first, so that none is left alone at the end; a wait for something to happen, however long it is given, is for these.
+BY_THE_CLOCK := tests/training/test_overhead.py tests/benchmarks/test_overlap.py
+LONGEST := $(patsubst %,tests/%.py,training/test_invariance training/test_train training/test_train_settings \
+  scaling/test_measure training/test_program_task training/test_shards test_bad_input training/test_tracking \
+  nn/test_fused scaling/test_volume training/test_learning training/test_compression export/test_serve_limits)
+SIDE_BY_SIDE := $(LONGEST) \
+  $(filter-out $(LONGEST) $(BY_THE_CLOCK) tests/systems/%,$(sort $(wildcard tests/test_*.py tests/*/test_*.py)))
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(SIDE_BY_SIDE)
-	$(BIN)/pytest --ignore tests/systems $(SIDE_BY_SIDE:%=--ignore %)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(SIDE_BY_SIDE)
+	$(BIN)/pytest $(BY_THE_CLOCK)
 
 lint: $(READY)
 	$(BIN)/ruff check
