@@ -110,7 +110,12 @@ class PairLoop(nn.Module):
         self.gates = nn.ModuleList(linear(ours.get_parameter(f"weight_hg_l{j}")) for j in range(L))
 
     def forward(
-        self, symbols_TB: Tensor, state: tuple[Tensor, Tensor], lengths: None = None, noise: None = None
+        self,
+        symbols_TB: Tensor,
+        state: tuple[Tensor, Tensor],
+        lengths: None = None,
+        noise: None = None,
+        watch: None = None,
     ) -> tuple[Tensor, object]:
         L, H = self.num_layers, self.hidden_size
         h, c = list(state[0]), list(state[1])
