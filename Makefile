@@ -26,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)
 	DS_ACCELERATOR=$(if $(filter-out 0,$(GPUS)),cuda,cpu) $(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) src/train.py --deepspeed ds_configs/z2.json --preset demo --output-dir $(RUN)
 
-# Tests that measure by the clock have the machine to themselves. The rest run two files at a time, those that take longest
-# first, so that none is left alone at the end; a wait for something to happen, however long it is given, is for these.
+# What measures by the clock has the machine to itself. The rest, whatever waits for something to happen included, runs
+# two files at a time, those that take longest first, so that none is left alone at the end.
 BY_THE_CLOCK := tests/training/test_overhead.py tests/benchmarks/test_overlap.py
 LONGEST := $(patsubst %,tests/%.py,training/test_invariance training/test_train nn/test_fused scaling/test_measure \
   training/test_train_settings training/test_shards training/test_program_task test_bad_input training/test_tracking \
