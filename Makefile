@@ -26,12 +26,12 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)
 	DS_ACCELERATOR=$(if $(filter-out 0,$(GPUS)),cuda,cpu) $(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) src/train.py --deepspeed ds_configs/z2.json --preset demo --output-dir $(RUN)
 
-# Tests that measure by the clock have the machine to themselves. The rest run two files at a time, those that take longest
-# first, so that none is left alone at the end; a wait for something to happen, however long it is given, is for these.
+# What measures by the clock has the machine to itself. The rest, whatever waits for something to happen included, runs
+# two files at a time, those that take longest first, so that none is left alone at the end.
 BY_THE_CLOCK := tests/training/test_overhead.py tests/benchmarks/test_overlap.py
-LONGEST := $(patsubst %,tests/%.py,training/test_invariance training/test_train training/test_train_settings \
-  scaling/test_measure training/test_program_task training/test_shards test_bad_input training/test_tracking \
-  nn/test_fused scaling/test_volume training/test_learning training/test_compression export/test_serve_limits)
+LONGEST := $(patsubst %,tests/%.py,training/test_invariance training/test_train nn/test_fused scaling/test_measure \
+  training/test_train_settings training/test_shards training/test_program_task test_bad_input training/test_tracking \
+  scaling/test_volume training/test_compression training/test_learning training/test_memory export/test_serve_limits)
 SIDE_BY_SIDE := $(LONGEST) \
   $(filter-out $(LONGEST) $(BY_THE_CLOCK) tests/systems/%,$(sort $(wildcard tests/test_*.py tests/*/test_*.py)))
 
