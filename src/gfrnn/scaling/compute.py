@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -218,16 +219,10 @@ def _typical(loads: Sequence[Load]) -> list[Load]:
     """Without what differs from one measurement to the next alone: the same rows have the same products."""
     by_rows: dict[float, list[Products]] = {}
     for load in loads:
-        by_rows.setdefault(load.rows_at_once, []).extend([load.products] if load.products else [])
-
-    def mean(several: list[Products]) -> Products | None:
-        if not several:
-            return None
-        sides = [[each.forward for each in several], [each.backward for each in several]]
-        return Products(several[0].rows, *(sum(side) / len(side) for side in sides))
-
-    means = {rows: mean(several) for rows, several in by_rows.items()}
-    return [dataclasses.replace(load, slowdown=1.0, products=means[load.rows_at_once]) for load in loads]
+        if load.products is not None:
+            by_rows.setdefault(load.rows_at_once, []).append(load.products)
+    means = {rows: Products.summary(several, statistics.fmean) for rows, several in by_rows.items()}
+    return [dataclasses.replace(load, slowdown=1.0, products=means.get(load.rows_at_once)) for load in loads]
 
 
 def _told_apart(terms: Sequence[str], loads: Sequence[Load]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -12,7 +12,6 @@ import copy
 import gc
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -221,18 +220,15 @@ def combined(everyone: list[Own]) -> dict[str, Any]:
 
 def _products(everyone: list[Own]) -> tuple[Products, ...]:
     """Of the rows that all processes have got to: means over them of medians."""
-    by_rows: dict[int, list[list[Products]]] = {}
+    by_rows: dict[int, list[Products]] = {}
     for own in everyone:
         for rows in {each.rows for each in own.products}:
-            by_rows.setdefault(rows, []).append([each for each in own.products if each.rows == rows])
-
-    def mean(several: list[list[Products]], side: Callable[[Products], float]) -> float:
-        return statistics.fmean(statistics.median(map(side, own)) for own in several)
-
+            times = [each for each in own.products if each.rows == rows]
+            by_rows.setdefault(rows, []).append(Products.summary(times, statistics.median))
     return tuple(
-        Products(rows, mean(several, lambda each: each.forward), mean(several, lambda each: each.backward))
-        for rows, several in sorted(by_rows.items())
-        if len(several) == len(everyone)
+        Products.summary(medians, statistics.fmean)
+        for _, medians in sorted(by_rows.items())
+        if len(medians) == len(everyone)
     )
 
 

@@ -89,14 +89,7 @@ def _products(members: Sequence[Measurement]) -> dict[tuple[int, int], list[Prod
         for products in each.products:
             layouts[each.point.world_size, each.point.nodes][products.rows].append(products)
     return {
-        layout: [
-            Products(
-                rows,
-                statistics.median(each.forward for each in several),
-                statistics.median(each.backward for each in several),
-            )
-            for rows, several in sorted(by_rows.items())
-        ]
+        layout: [Products.summary(several, statistics.median) for _, several in sorted(by_rows.items())]
         for layout, by_rows in layouts.items()
     }
 

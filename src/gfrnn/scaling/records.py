@@ -9,6 +9,7 @@ Timed        one collective of one size, on the same machines
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 PARTS = ("forward", "backward", "communication", "optimizer", "other")
@@ -65,6 +66,13 @@ class Products:
     forward: float
     backward: float
     """Those that a time step waits for: the states' gradients, not the weights'."""
+
+    @staticmethod
+    def summary(several: Sequence[Products], of: Callable[[Sequence[float]], float]) -> Products:
+        """Of one or more times of the same rows: their mean, or median, by side."""
+        return Products(
+            several[0].rows, of([each.forward for each in several]), of([each.backward for each in several])
+        )
 
 
 @dataclass(frozen=True)
