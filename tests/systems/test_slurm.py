@@ -379,8 +379,9 @@ def test_a_stopped_rank_is_noticed(cluster: Cluster, expected: dict[int, float],
 def test_a_node_that_dies(node: str, said: str, cluster: Cluster, expected: dict[int, float], tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(cluster, tmp_path, "--nodes=1-2")
-    under_way(job, run)
+    under_way(job, run, 25)  # with a checkpoint, and far from the end
     cluster("kill-node", node)
+    assert "finished" not in job.output()
     try:
         assert job.wait() == "COMPLETED", job.output()
     finally:
