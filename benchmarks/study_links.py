@@ -41,6 +41,9 @@ from gfrnn.scaling.run import collect
 from gfrnn.scaling.store import Store
 from hosts import two_hosts
 
+KEPT = ("step_seconds", "communication_share", "characters_per_second", "bytes", "bpc", "trained_updates")
+"""Of a point, in the JSON."""
+
 Results = dict[str, list[Result]]
 Checked = dict[str, list[Residual]]
 """By rate: points beside what a model says that has not seen them."""
@@ -220,7 +223,12 @@ def main() -> None:
         console.print(table)
     if args.json is not None:
         about = {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "bytes_off": off(found)}
-        args.json.write_text(json.dumps({"about": about, "held_out": kept}, indent=1) + "\n")
+        points = [
+            {"rate": rate, "point": each.point.name, **{name: getattr(each, name) for name in KEPT}}
+            for rate, results in found.items()
+            for each in (result.measurement for result in results)
+        ]
+        args.json.write_text(json.dumps({"about": about, "points": points, "held_out": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

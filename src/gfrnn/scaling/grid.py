@@ -6,6 +6,7 @@ Loads no torch: what contradicts itself is refused at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class How:
     warm_up: int = 5
     """Updates before any is timed."""
     updates: int = 10
-    """Updates timed in a row."""
+    """Updates timed in a row, or what makes whole rounds of local updates."""
     repeats: int = 3
     """Such rows, with an update and the products' peak between them."""
     sweep_seconds: float = 4.0
@@ -118,9 +119,6 @@ class How:
             if getattr(self, name) < least:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is {getattr(self, name)}; it must be {least} or more")
-        timed = self.warm_up + self.repeats * (self.updates + 1)
-        if 0 < self.train_updates < timed:
-            raise UserError(f"--train-updates is {self.train_updates}; {timed} are made for the timing alone")
         if not self.limit > 0:
             raise UserError(f"--limit is {self.limit}; it must be more than 0 minutes")
 
@@ -229,7 +227,27 @@ def prepared(point: Point, how: How, folder: Path) -> Changed:
         raise UserError(f"compression {point.compression} is unknown; there are {', '.join(COMPRESSIONS)}")
     settings, config = COMPRESSIONS[point.compression](settings, load_ds_config(path))
     validate(settings)
+    least = updates_for_timing(settings, how)
+    if 0 < how.train_updates < least:
+        raise UserError(f"--train-updates is {how.train_updates}; {least} are made for the timing alone")
     return settings, resolve_ds_config(config, settings, world_size=point.world_size)
+
+
+def round_of(settings: Settings) -> int:
+    """Updates that belong together: of local ones those up to an averaging."""
+    sent = settings.communication
+    return sent.local_updates if sent.compression == "local" else 1
+
+
+def updates_in_a_row(settings: Settings, how: How) -> int:
+    """That are timed: whole rounds."""
+    together = round_of(settings)
+    return math.ceil(how.updates / together) * together
+
+
+def updates_for_timing(settings: Settings, how: How) -> int:
+    """In all: to warm up, and before each row."""
+    return how.warm_up + how.repeats * (updates_in_a_row(settings, how) + 1)
 
 
 def _dtype(name: str) -> Dtype:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gfrnn.config import Stopped, UserError
 from gfrnn.scaling.folder import Result, StudyFolder
-from gfrnn.scaling.grid import How, prepared
+from gfrnn.scaling.grid import How, prepared, round_of, updates_in_a_row
 from gfrnn.scaling.records import PARTS, Machine, Measurement, Point, Products
 from gfrnn.scaling.volume import predicted
 from gfrnn.training.memory import estimate
@@ -107,14 +107,14 @@ def measure(study: StudyFolder, point: Point) -> None:
     if dist.get_rank() != 0:
         dist.barrier()  # the first must be able to write: a launcher ends all with the first that ends
         return
-    counted = how.repeats * how.updates
+    counted = len(own.seconds)
     shapes = list(trainer.shards.shapes.values())
     elements = [shape.numel() for shape in shapes]
     memory = estimate(settings, theory, point.world_size, updates_alone=True)
     measurement = Measurement(
         point,
         machine(device, how),
-        **combined([each for each in everyone if each is not None]),
+        **combined([each for each in everyone if each is not None], round_of(settings)),
         calls={kind: each.calls // counted for kind, each in traffic.items()},
         bytes={kind: each.bytes // counted for kind, each in traffic.items()},
         predicted_bytes=predicted(theory, elements, settings, shapes=shapes, world_size=point.world_size),
@@ -158,7 +158,7 @@ def timed(trainer: Trainer, stopwatch: Stopwatch, how: How) -> Own:
         one_update(trainer)  # all begin together: it ends with a collective
         before = counter.joules()
         watch.on = True
-        for _ in range(how.updates):
+        for _ in range(updates_in_a_row(trainer.settings, how)):
             own.update(stopwatch, trainer)
         watch.on = False
         after = counter.joules()
@@ -198,11 +198,15 @@ def _traced(trainer: Trainer) -> dict[str, float]:
     return {name: seconds / _TRACED for name, seconds in exposed(trace.events(), TIMED).items()}
 
 
-def combined(everyone: list[Own]) -> dict[str, Any]:
-    """Fields of a Measurement that come from all processes, in the order of their ranks."""
+def combined(everyone: list[Own], together: int = 1) -> dict[str, Any]:
+    """Fields of a Measurement that come from all processes, in the order of their ranks.
+
+    together: updates that are alike only in sum; quartiles are of their means.
+    """
     updates = len(everyone[0].seconds)
     slowest = [max(each) for each in zip(*(own.seconds for own in everyone), strict=True)]
-    low, middle, high = statistics.quantiles(slowest, n=4, method="inclusive") if updates > 1 else slowest * 3
+    rounds = [statistics.fmean(slowest[first : first + together]) for first in range(0, updates, together)]
+    low, middle, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3
     joules = [own.joules for own in everyone if own.joules is not None]
     return {
         "updates": updates,

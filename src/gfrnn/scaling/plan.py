@@ -18,7 +18,7 @@ import psutil
 
 from gfrnn.config import UserError, networks
 from gfrnn.scaling.folder import StudyFolder
-from gfrnn.scaling.grid import How, prepared
+from gfrnn.scaling.grid import How, prepared, updates_for_timing
 from gfrnn.scaling.records import Point
 from gfrnn.training.memory import Estimate, estimate
 
@@ -48,7 +48,6 @@ class Planned:
 def plan(points: Sequence[Point], how: How, *, peak: Peak, memory: float) -> list[Planned]:
     """memory: bytes that a process may take; 0: its share of this machine's."""
     found = []
-    updates = how.warm_up + how.repeats * (how.updates + 1)
     for point in points:
         settings, config = prepared(point, how, Path("study"))
         step = networks(settings)[-1].train_flops * point.rows * point.steps
@@ -61,7 +60,7 @@ def plan(points: Sequence[Point], how: How, *, peak: Peak, memory: float) -> lis
                 int(there),
                 step,
                 seconds,
-                _START + updates * seconds + how.sweep_seconds * (point.world_size > 1),
+                _START + updates_for_timing(settings, how) * seconds + how.sweep_seconds * (point.world_size > 1),
                 _refusal(expected, there),
             )
         )
