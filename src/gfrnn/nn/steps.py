@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gfrnn.nn import units
+from gfrnn.nn import cpu_kernels, units
 from gfrnn.nn.gradients import NormGradients, Slopes
 from gfrnn.nn.inputs import InputPart
 from gfrnn.nn.lengths import common_steps
@@ -88,6 +88,8 @@ class _Kept:
     """GRU: what the reset gate multiplies."""
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Layer norm: (normalised, 1 / standard deviation) of the candidate, the unit gates, the cell."""
+    by_kernels: cpu_kernels.Norms | None = None
+    """The same, if the kernels made it."""
 
 
 @dataclass
@@ -101,6 +103,8 @@ class Trace:
     """Likewise the LSTM's cell, else empty."""
     kept: list[list[_Kept]]
     """By step and layer."""
+    by_kernels: bool
+    """Whether cpu_kernels.py has made it."""
 
     @property
     def g_TLLB(self) -> Tensor | None:
@@ -137,6 +141,7 @@ class Steps:
         left = self.forward_left = self.forward_left or _Left(plan, self.weights, narrow, transposed=False)
         L, H, GH, K = plan.num_layers, plan.hidden_size, plan.unit_rows, plan.rows
         T, B = len(steps), h_LHB.shape[-1]
+        by_kernels = cpu_kernels.usable(plan, h_LHB.device, dtype, B)
         hs_TLHB = h_LHB.new_empty(T + 1, L, H, B)
         hs_TLHB[0] = h_LHB
         cs_TLHB = h_LHB.new_empty(T + 1 if plan.has_cell else 0, L, H, B)
@@ -164,7 +169,10 @@ class Steps:
                     a_KB = product(below, y_HB.to(narrow), dtype, a_KB)
 
                 g_LB, source_SB = None, narrow_h_LHB.view(L * H, B)
-                if gates_LLB is not None:
+                if gates_LLB is not None and by_kernels:
+                    g_LB = gates_LLB[j]
+                    source_SB = cpu_kernels.gates_forward(a_KB[GH:], g_LB, h_LHB).to(narrow).view(L * H, B)
+                elif gates_LLB is not None:
                     g_LB = gates_LLB[j].add_(a_KB[GH:]).sigmoid_()
                     source_SB = (h_LHB * g_LB.unsqueeze(1)).to(narrow).view(L * H, B)
                 elif plan.feedback == "none":
@@ -185,31 +193,17 @@ class Steps:
                 now = _Kept(n_HB, u_UHB, g_LB, s_HB)
                 kept[t].append(now)
 
-                h_next = hs_TLHB[t + 1, j]
-                if u_UHB is not None:
-                    _normalize(u_UHB, slice(H, GH), w, now, "unit")
-                if s_HB is not None:
-                    assert u_UHB is not None
-                    units.gru_gates_forward(n_HB, u_UHB, s_HB)
-                _normalize(n_HB.unsqueeze(0), slice(0, H), w, now, "candidate")
-                if plan.unit == "tanh":
-                    torch.tanh(n_HB, out=h_next)
-                elif u_UHB is not None and s_HB is not None:
-                    n_HB.tanh_()
-                    units.gru_output_forward(n_HB, u_UHB, h_LHB[j], h_next)
-                elif u_UHB is not None:
-                    cell = cs_TLHB[t + 1, j]
-                    units.lstm_gates_forward(n_HB, u_UHB, cs_TLHB[t, j], cell, capped=plan.cap_input_gate)
-                    if w.cell_gain is not None and w.cell_bias is not None:
-                        now.norms["cell"] = units.norm_forward(cell)
-                        cell = torch.addcmul(w.cell_bias.unsqueeze(1), now.norms["cell"][0], w.cell_gain.unsqueeze(1))
-                    torch.mul(u_UHB[2], torch.tanh(cell), out=h_next)
+                h_next, cell = hs_TLHB[t + 1, j], (cs_TLHB[t, j], cs_TLHB[t + 1, j]) if plan.has_cell else None
+                if by_kernels:
+                    now.by_kernels = cpu_kernels.unit_forward(plan, w, n_HB, u_UHB, s_HB, h_LHB[j], cell, h_next)
+                else:
+                    _unit_forward(plan, w, now, h_LHB[j], cell, h_next)
                 below_HB = h_next + below_HB if plan.residual and j > 0 else h_next
             ended_B = self._ended(steps[t])
             if ended_B is not None:  # what such rows computed, from finite numbers, is finite: its gradient is 0
                 for states_TLHB in (hs_TLHB, cs_TLHB)[: 1 + plan.has_cell]:
                     torch.where(ended_B, states_TLHB[t], states_TLHB[t + 1], out=states_TLHB[t + 1])
-        return Trace(steps, hs_TLHB, cs_TLHB, kept)
+        return Trace(steps, hs_TLHB, cs_TLHB, kept, by_kernels)
 
     def backward(
         self, trace: Trace, d_y_TBY: Tensor, d_h_LHB: Tensor, d_c_LHB: Tensor, norms: list[NormGradients]
@@ -247,25 +241,16 @@ class Steps:
             for j in reversed(range(L)):
                 w, now = weights[j], kept_L[j]
                 n_HB, u_UHB, s_HB = now.n_HB, now.u_UHB, now.s_HB
-                d_h = d_h_LHB[j] + d_below_HB
-                d_KB = d_h.new_empty(K, B)
-                d_GHB = d_KB[:GH].view(-1, H, B)
-                if plan.unit == "tanh":
-                    units.tanh_backward(d_h, hs_TLHB[t + 1, j], grad_input=d_GHB[0])
-                elif u_UHB is not None and s_HB is not None:
-                    d_before_LHB[j] += units.gru_output_backward(d_h, n_HB, u_UHB, h_LHB[j], d_GHB)
-                elif u_UHB is not None:
-                    d_cell = _cell_backward(w, now, u_UHB[2], cs_TLHB[t + 1, j], d_h, d_GHB[3], norms[j])
-                    d_c_LHB[j] = units.lstm_gates_backward(
-                        d_c_LHB[j] + d_cell, n_HB, u_UHB, cs_TLHB[t, j], d_GHB, capped=plan.cap_input_gate
-                    )
-                _normalize_backward(d_GHB[:1], slice(0, H), w, now, "candidate", norms[j])
-                d_s_HB = d_GHB[0]
-                if u_UHB is not None:
-                    if s_HB is not None:
-                        d_s_HB = units.gru_gates_backward(d_GHB[0], u_UHB, s_HB, d_GHB)
-                        d_s_LHTB[j, :, t] = d_s_HB
-                    _normalize_backward(d_GHB[1:], slice(H, GH), w, now, "unit", norms[j])
+                d_KB = hs_TLHB.new_empty(K, B)
+                cell = (cs_TLHB[t, j], cs_TLHB[t + 1, j]) if plan.has_cell else None
+                states, written = (h_LHB[j], hs_TLHB[t + 1, j], cell), (d_before_LHB[j], d_c_LHB[j], d_KB)
+                if trace.by_kernels:
+                    parts = plan, w, now.by_kernels, n_HB, u_UHB, s_HB
+                    d_s_HB = cpu_kernels.unit_backward(*parts, *states, d_h_LHB[j], d_below_HB, *written, norms[j])
+                else:
+                    d_s_HB = _unit_backward(plan, w, now, *states, d_h_LHB[j] + d_below_HB, *written, norms[j])
+                if s_HB is not None:
+                    d_s_LHTB[j, :, t] = d_s_HB
 
                 candidate, unit, below = left.candidate[j], left.unit[j], left.below[j]
                 assert candidate is not None
@@ -273,8 +258,11 @@ class Steps:
                 if now.g_LB is not None and g_LLTB is not None:
                     # the gradient of the gated states [g^i h^i] gives that of g and of h
                     d_gated_LHB = product(candidate, narrow_d_s_HB, dtype).view(L, H, B)
-                    d_before_LHB.addcmul_(d_gated_LHB, now.g_LB.unsqueeze(1))
-                    units.sigmoid_backward(d_gated_LHB.mul_(h_LHB).sum(1), now.g_LB, grad_input=d_KB[GH:])
+                    if trace.by_kernels:
+                        cpu_kernels.gates_backward(d_gated_LHB, now.g_LB, h_LHB, d_before_LHB, d_KB[GH:])
+                    else:
+                        d_before_LHB.addcmul_(d_gated_LHB, now.g_LB.unsqueeze(1))
+                        units.sigmoid_backward(d_gated_LHB.mul_(h_LHB).sum(1), now.g_LB, grad_input=d_KB[GH:])
                     g_LLTB[j, :, t] = now.g_LB
                 elif plan.feedback == "none":
                     d_before_LHB[j] += product(candidate, narrow_d_s_HB, dtype)
@@ -313,6 +301,73 @@ class Steps:
 def _sum(left: Tensor, right_KB: Tensor, add_LHB: Tensor) -> Tensor:
     """left @ right + add, as [L, H, B]."""
     return product(left, right_KB, add_LHB.dtype, add_LHB.flatten(0, 1)).view_as(add_LHB)
+
+
+def _unit_forward(
+    plan: Plan,
+    w: LayerWeights,
+    now: _Kept,
+    h_HB: Tensor,
+    cell: tuple[Tensor, Tensor] | None,
+    h_next_HB: Tensor,
+) -> None:
+    """What is kept, from pre-activations to activations in place; writes h_next. cell: c before and, written, after."""
+    H, GH = plan.hidden_size, plan.unit_rows
+    n_HB, u_UHB, s_HB = now.n_HB, now.u_UHB, now.s_HB
+    if u_UHB is not None:
+        _normalize(u_UHB, slice(H, GH), w, now, "unit")
+    if s_HB is not None:
+        assert u_UHB is not None
+        units.gru_gates_forward(n_HB, u_UHB, s_HB)
+    _normalize(n_HB.unsqueeze(0), slice(0, H), w, now, "candidate")
+    if u_UHB is None:
+        torch.tanh(n_HB, out=h_next_HB)
+    elif cell is None:
+        n_HB.tanh_()
+        units.gru_output_forward(n_HB, u_UHB, h_HB, h_next_HB)
+    else:
+        c_HB, c_next_HB = cell
+        units.lstm_gates_forward(n_HB, u_UHB, c_HB, c_next_HB, capped=plan.cap_input_gate)
+        if w.cell_gain is not None and w.cell_bias is not None:
+            now.norms["cell"] = units.norm_forward(c_next_HB)
+            c_next_HB = torch.addcmul(w.cell_bias.unsqueeze(1), now.norms["cell"][0], w.cell_gain.unsqueeze(1))
+        torch.mul(u_UHB[2], torch.tanh(c_next_HB), out=h_next_HB)
+
+
+def _unit_backward(
+    plan: Plan,
+    w: LayerWeights,
+    now: _Kept,
+    h_HB: Tensor,
+    h_next_HB: Tensor,
+    cell: tuple[Tensor, Tensor] | None,
+    d_h_next_HB: Tensor,
+    d_h_HB: Tensor,
+    d_c_HB: Tensor,
+    d_KB: Tensor,
+    norms: NormGradients,
+) -> Tensor:
+    """From the gradient of h_next to those of the pre-activations, the first rows of d_KB. Adds to that of h what goes
+    past the products, has d_c go from c after to c before. Returns the gradient of the candidate's recurrent sum.
+    """
+    H, GH = plan.hidden_size, plan.unit_rows
+    n_HB, u_UHB, s_HB = now.n_HB, now.u_UHB, now.s_HB
+    d_GHB = d_KB[:GH].view(-1, *h_HB.shape)
+    if u_UHB is None:
+        units.tanh_backward(d_h_next_HB, h_next_HB, grad_input=d_GHB[0])
+    elif cell is None:
+        d_h_HB += units.gru_output_backward(d_h_next_HB, n_HB, u_UHB, h_HB, d_GHB)
+    else:
+        c_HB, c_next_HB = cell
+        d_c_HB += _cell_backward(w, now, u_UHB[2], c_next_HB, d_h_next_HB, d_GHB[3], norms)
+        d_c_HB.copy_(units.lstm_gates_backward(d_c_HB, n_HB, u_UHB, c_HB, d_GHB, capped=plan.cap_input_gate))
+    _normalize_backward(d_GHB[:1], slice(0, H), w, now, "candidate", norms)
+    d_s_HB = d_GHB[0]
+    if u_UHB is not None:
+        if s_HB is not None:
+            d_s_HB = units.gru_gates_backward(d_GHB[0], u_UHB, s_HB, d_GHB)
+        _normalize_backward(d_GHB[1:], slice(H, GH), w, now, "unit", norms)
+    return d_s_HB
 
 
 def _cell_backward(
