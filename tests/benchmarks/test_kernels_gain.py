@@ -1,0 +1,39 @@
+"""benchmarks/cpu_kernels.py on models of a moment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from launch import ROOT, environment
+
+
+def benchmark(*flags: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks/cpu_kernels.py", "--repeats", "2", *flags]
+    return subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_both_ways_are_timed(tmp_path):
+    done = benchmark("--models", "demo:2x3", "gru-3x228:3x2", "--threads", 1, "--json", tmp_path / "gain.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gain.json").read_text())
+    assert [(each["model"], each["rows"], each["steps"]) for each in found["results"]] == [
+        ("demo", 2, 3),
+        ("gru-3x228", 3, 2),
+    ]
+    for each in found["results"]:
+        assert each["kernels"] > 0
+        assert each["torch"] > 0
+        assert f"{each['torch'] / each['kernels']:.2f}" in done.stdout
+    assert found["about"]["threads"] == 1
+
+
+@pytest.mark.parametrize("given", ["demo", "demo:2", "demo:2xfive", "nobody:2x3"])
+def test_what_is_no_model_is_one_line(given):
+    done = benchmark("--models", given)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
