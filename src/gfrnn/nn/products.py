@@ -3,7 +3,7 @@
 With the weights as the right operand a BLAS packs them anew at every step, which at 64 rows of a batch takes as long as
 the arithmetic. As the left operand oneDNN reads them where they lie, and packs the small right one (figures in
 docs/performance.md). torch.mm goes to oneDNN for bf16 alone, so for fp32 on a CPU this module calls a private operator
-of torch, with `mm` where it is not there.
+of torch, with `mm` where it is not there or slower.
 """
 
 from __future__ import annotations
@@ -30,10 +30,19 @@ def _by_onednn(a: Tensor) -> bool:
     return _MKLDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu"
 
 
-def _small(left_MK: Tensor, right_KN: Tensor) -> bool:
-    """Whether a call of oneDNN, 20 us, costs more than it saves; between 1 and 16 columns `mm` is slow at any size."""
+_NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def _by_mm(left_MK: Tensor, right_KN: Tensor) -> bool:
+    """Whether `mm` is faster: for small products, as a call of oneDNN takes 20 us, but for 2 to 15 columns; without
+    AVX-512, where its products are up to twice as fast as oneDNN's, for most.
+    """
     N, size = right_KN.shape[1], left_MK.numel()
-    return size < 2**20 if N == 1 else N >= 16 and size * N < 2**22
+    if N == 1:
+        return size < 2**20
+    if _NARROW and N >= 16:
+        return N >= 32 or size < 2**20
+    return N >= 16 and size * N < 2**22
 
 
 def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype, add_MN: Tensor | None = None) -> Tensor:
@@ -41,7 +50,7 @@ def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype, add_MN: Tenso
 
     Products accumulate in fp32 everywhere; of narrow operands the CPU rounds the result once, at the end.
     """
-    if _by_onednn(left_MK) and not _small(left_MK, right_KN):
+    if _by_onednn(left_MK) and not _by_mm(left_MK, right_KN):
         if add_MN is None:
             out: Tensor = _MKLDNN._linear_pointwise(left_MK, right_KN.t(), None, "none", [], "")
         else:
