@@ -15,7 +15,7 @@ RUN       ?= runs/demo
 install: $(READY)
 
 # torch comes first and alone: pinned by version only, so that each machine gets its own build of it (CPU or CUDA).
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt src/gfrnn/nn/cpu_kernels.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)

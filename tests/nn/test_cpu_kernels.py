@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib.machinery
 import math
 
 import pytest
@@ -89,16 +90,34 @@ def test_what_is_not_contiguous_is_refused():
         cpu_kernels.gates_forward(x, torch.zeros(4, 3), torch.zeros(4, 2, 3))
 
 
+@pytest.fixture
+def fresh(monkeypatch):
+    """They are looked for anew, then and after the test."""
+    cpu_kernels.library.cache_clear()
+    yield
+    monkeypatch.undo()
+    cpu_kernels.library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_where_they_were_not_built_one_can_tell(monkeypatch):
+    assert not cpu_kernels.missing()
+    cpu_kernels.library.cache_clear()
+    monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", [".of-another-python"])
+    assert cpu_kernels.missing()
+    cpu_kernels.library.cache_clear()
+    monkeypatch.setenv("GFRNN_CPU_KERNELS", "0")
+    assert not cpu_kernels.missing()
+
+
+@pytest.mark.usefixtures("fresh")
 def test_without_them_the_same_is_computed(monkeypatch):
     rnn = make("lstm", "gated", "own", "residual_skips", (3, 33, 3), layer_norm=True).float()
     x, state = torch.randn(4, 5, 3), tuple(each.float() for each in start(rnn, 5))
     found = run_with_gradients(rnn, x, state)
     monkeypatch.setenv("GFRNN_CPU_KERNELS", "0")
     cpu_kernels.library.cache_clear()
-    try:
-        assert cpu_kernels.library() is None
-        without = run_with_gradients(rnn, x, state)
-    finally:
-        cpu_kernels.library.cache_clear()
+    assert cpu_kernels.library() is None
+    without = run_with_gradients(rnn, x, state)
     for got, wanted in zip([*found[0], *found[1]], [*without[0], *without[1]], strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

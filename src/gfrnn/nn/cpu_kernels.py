@@ -38,7 +38,7 @@ _TAKES = {
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """None where it was not built, or with GFRNN_CPU_KERNELS=0."""
-    if os.environ.get("GFRNN_CPU_KERNELS") == "0":
+    if _unwanted():
         return None
     folder = Path(__file__).parent
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
@@ -51,6 +51,15 @@ def library() -> ctypes.CDLL | None:
                 function.restype = None
             return found
     return None
+
+
+def missing() -> bool:
+    """Whether they were not built, and nobody has said to do without."""
+    return library() is None and not _unwanted()
+
+
+def _unwanted() -> bool:
+    return os.environ.get("GFRNN_CPU_KERNELS") == "0"
 
 
 def usable(plan: Plan, device: torch.device, dtype: torch.dtype, rows: int) -> bool:

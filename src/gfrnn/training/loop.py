@@ -18,7 +18,7 @@ import torch.distributed as dist
 from gfrnn import cli
 from gfrnn.config import RunFailed, Settings, Stopped
 from gfrnn.data import Corpus
-from gfrnn.nn import Noise, build_model
+from gfrnn.nn import Noise, build_model, cpu_kernels
 from gfrnn.runs import RunFolder, find_checkpoint, load_checkpoint, load_weights
 from gfrnn.training import shards as sharding
 from gfrnn.training.checkpoint import (
@@ -334,6 +334,11 @@ class Trainer:
             f"process{'es' * (self.world_size > 1)} on {self.device.type}, ZeRO stage {self.stage}, {s.batch.dtype}; "
             f"{self.total} updates of {self.task.update_size}, {start}"
         )
+        if self.device.type == "cpu" and cpu_kernels.missing():
+            self.progress.say(
+                "note: the kernels for CPUs were not built; installed where there is a C compiler, gfrnn trains small "
+                "models up to twice as fast"
+            )
         for notice in self.task.notices:
             self.progress.say(notice)
 
