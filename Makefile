@@ -57,4 +57,4 @@ test-systems: $(READY)
 	$(BIN)/pytest tests/systems
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) src/gfrnn/nn/_cpu_kernels*

@@ -16,13 +16,13 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@pytest.fixture(params=["onednn", "mm"])
+@pytest.fixture(params=["onednn", "mm", "without AVX-512"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "mm":
         monkeypatch.setattr(products, "_MKLDNN", None)
     else:  # a torch that no longer has them is slower, not wrong; but someone should know
         assert products._MKLDNN is not None
-        monkeypatch.setattr(products, "_NARROW", False)  # without AVX-512 few products would be its
+        monkeypatch.setattr(products, "_AVX2", request.param != "onednn")
     return str(request.param)
 
 

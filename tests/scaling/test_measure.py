@@ -287,8 +287,8 @@ def test_the_slowest_process_is_the_steps_time() -> None:
     first.products = [Products(8, 1, 5), Products(16, 9, 9), Products(8, 2, 6), Products(8, 9, 9)]
     second.products = [Products(8, 4, 8)]
     assert combined([first, second])["products"] == (Products(8, 3, 7),)  # 16 rows: one alone got so far
-    # local updates: the fourth waits for all four
-    found = combined([own(1, 1, 1, 5, 1, 1, 1, 9, waited=0)], together=4)
+    # local updates: both take 8 and 12 seconds for four, in the last of which the one waits for the other
+    found = combined([own(1, 1, 1, 5, 1, 1, 1, 9, waited=0), own(2, 2, 2, 2, 3, 3, 3, 3, waited=0)], together=4)
     assert (found["step_seconds_low"], found["step_seconds"], found["step_seconds_high"]) == (2.25, 2.5, 2.75)
     one = combined([own(1, waited=0)])
     assert one["step_seconds_low"] == one["step_seconds_high"] == 1

@@ -14,16 +14,20 @@
 #include <math.h>
 #include <stddef.h>
 
+#define NORM_EPS 1e-5f /* as in units.py */
 #define BLOCK 64 /* columns at a time: what is summed over H stays in registers and the first cache */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define KERNEL __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"))) void
+#define KERNEL __attribute__((target_clones("default", "avx2", "avx512f"))) void
 #else
 #define KERNEL void
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef ptrdiff_t size;
+
+/* Raised when what a function takes changes: cpu_kernels.py uses no library of another one. */
+const int gfrnn_cpu_kernels = 1;
 
 /* ------------------------------------------------------------------------------------------------------ functions */
 
@@ -72,7 +76,8 @@ INLINE float hyperbolic_tangent(float x) {
 /* -------------------------------------------------------------------------------------------------- normalisation */
 
 /* x [H, B] at columns [b, b + n): normal = (x - mean) / deviation over H; rstd [B]. */
-INLINE void normalize(size H, size B, size b, size n, const float *restrict x, float *restrict normal, float *restrict rstd) {
+INLINE void normalize(size H, size B, size b, size n, const float *restrict x, float *restrict normal,
+                      float *restrict rstd) {
   float mean[BLOCK], sum[BLOCK];
   for (size k = 0; k < n; k++) mean[k] = sum[k] = 0.0f;
   for (size h = 0; h < H; h++)
@@ -83,7 +88,7 @@ INLINE void normalize(size H, size B, size b, size n, const float *restrict x, f
       float off = x[h * B + b + k] - mean[k];
       sum[k] += off * off;
     }
-  for (size k = 0; k < n; k++) rstd[b + k] = 1.0f / sqrtf(sum[k] / (float)H + 1e-5f);
+  for (size k = 0; k < n; k++) rstd[b + k] = 1.0f / sqrtf(sum[k] / (float)H + NORM_EPS);
   for (size h = 0; h < H; h++)
     for (size k = 0; k < n; k++) normal[h * B + b + k] = (x[h * B + b + k] - mean[k]) * rstd[b + k];
 }
@@ -98,8 +103,9 @@ INLINE void layer_norm(size H, size B, size b, size n, float *restrict x, float 
 
 /* d [H, B]: from the gradient of gain * normal + bias to that of what was normalised, in place; adds to the gradients
    of gain and bias [H]. */
-INLINE void normalize_backward(size H, size B, size b, size n, float *restrict d, const float *restrict normal, const float *restrict rstd,
-                               const float *restrict gain, float *restrict d_gain, float *restrict d_bias) {
+INLINE void normalize_backward(size H, size B, size b, size n, float *restrict d, const float *restrict normal,
+                               const float *restrict rstd, const float *restrict gain, float *restrict d_gain,
+                               float *restrict d_bias) {
   float mean[BLOCK], slope[BLOCK];
   for (size k = 0; k < n; k++) mean[k] = slope[k] = 0.0f;
   for (size h = 0; h < H; h++) {
@@ -128,9 +134,11 @@ INLINE void normalize_backward(size H, size B, size b, size n, float *restrict d
 
 /* Candidate [H, B] and gates [3, H, B], pre-activations, to activations in place; the next c and h [H, B].
    cell_...: of layer norm of the cell. capped: i is at most 1 - f. */
-KERNEL lstm_forward(size H, size B, size capped, float *restrict candidate, float *restrict gates, const float *restrict c, float *restrict c_next,
-                    float *restrict h_next, const float *restrict gain, const float *restrict bias, float *restrict normal, float *restrict rstd,
-                    const float *restrict cell_gain, const float *restrict cell_bias, float *restrict cell_normal, float *restrict cell_rstd) {
+KERNEL lstm_forward(size H, size B, size capped, float *restrict candidate, float *restrict gates,
+                    const float *restrict c, float *restrict c_next, float *restrict h_next, const float *restrict gain,
+                    const float *restrict bias, float *restrict normal, float *restrict rstd,
+                    const float *restrict cell_gain, const float *restrict cell_bias, float *restrict cell_normal,
+                    float *restrict cell_rstd) {
   size HB = H * B;
   for (size b = 0; b < B; b += BLOCK) {
     size n = B - b < BLOCK ? B - b : BLOCK;
@@ -168,11 +176,13 @@ KERNEL lstm_forward(size H, size B, size capped, float *restrict candidate, floa
 }
 
 /* To d [4, H, B], the gradient of the pre-activations; d_c from that of c_next to that of c, in place. */
-KERNEL lstm_backward(size H, size B, size capped, const float *restrict candidate, const float *restrict gates, const float *restrict c,
-                     const float *restrict c_next, const float *restrict d_h, const float *restrict d_passed, float *restrict d_c, float *restrict d,
-                     const float *restrict gain, const float *restrict normal, const float *restrict rstd, const float *restrict cell_gain,
-                     const float *restrict cell_bias, const float *restrict cell_normal, const float *restrict cell_rstd, float *restrict d_gain,
-                     float *restrict d_bias, float *restrict d_cell_gain, float *restrict d_cell_bias) {
+KERNEL lstm_backward(size H, size B, size capped, const float *restrict candidate, const float *restrict gates,
+                     const float *restrict c, const float *restrict c_next, const float *restrict d_h,
+                     const float *restrict d_passed, float *restrict d_c, float *restrict d, const float *restrict gain,
+                     const float *restrict normal, const float *restrict rstd, const float *restrict cell_gain,
+                     const float *restrict cell_bias, const float *restrict cell_normal,
+                     const float *restrict cell_rstd, float *restrict d_gain, float *restrict d_bias,
+                     float *restrict d_cell_gain, float *restrict d_cell_bias) {
   size HB = H * B;
   float *d_o = d + 3 * HB, *d_cell = d; /* the candidate's place, until its own gradient comes */
   for (size b = 0; b < B; b += BLOCK) {
@@ -311,7 +321,8 @@ KERNEL tanh_backward(size H, size B, const float *restrict h_next, const float *
 /* --------------------------------------------------------------------------------------------------- global gates */
 
 /* g [L, B], in which are products, += a [L, B], squashed; gated [L, H, B] = g * h. */
-KERNEL gates_forward(size L, size H, size B, const float *restrict a, float *restrict g, const float *restrict h, float *restrict gated) {
+KERNEL gates_forward(size L, size H, size B, const float *restrict a, float *restrict g, const float *restrict h,
+                     float *restrict gated) {
   for (size i = 0; i < L; i++) {
     float *gate = g + i * B;
 #pragma omp simd
@@ -322,8 +333,8 @@ KERNEL gates_forward(size L, size H, size B, const float *restrict a, float *res
 }
 
 /* From d_gated [L, H, B]: adds to d_h [L, H, B]; d_a [L, B]. */
-KERNEL gates_backward(size L, size H, size B, const float *restrict d_gated, const float *restrict g, const float *restrict h, float *restrict d_h,
-                      float *restrict d_a) {
+KERNEL gates_backward(size L, size H, size B, const float *restrict d_gated, const float *restrict g,
+                      const float *restrict h, float *restrict d_h, float *restrict d_a) {
   for (size i = 0; i < L; i++) {
     const float *gate = g + i * B;
     for (size b = 0; b < B; b += BLOCK) {

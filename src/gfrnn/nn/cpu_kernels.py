@@ -22,6 +22,7 @@ from gfrnn.nn.gradients import NormGradients
 from gfrnn.nn.plan import LayerWeights, Plan
 
 _MOST = 2**17  # elements [H, B] of a layer: of more, several threads of torch's make shorter work than one of these
+_VERSION = 1  # of what the functions take, as cpu_kernels.c has it
 _TAKES = {
     "lstm_forward": (3, 13),
     "lstm_backward": (3, 19),
@@ -37,20 +38,29 @@ _TAKES = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """None where it was not built, or with GFRNN_CPU_KERNELS=0."""
+    """None where it was not built, or for another version of this module, or with GFRNN_CPU_KERNELS=0."""
     if _unwanted():
         return None
-    folder = Path(__file__).parent
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_cpu_kernels{suffix}"
+        path = Path(__file__).with_name(f"_cpu_kernels{suffix}")
         if path.exists():
-            found = ctypes.CDLL(str(path))
-            for name, (numbers, arrays) in _TAKES.items():
-                function = getattr(found, name)
-                function.argtypes = [ctypes.c_ssize_t] * numbers + [ctypes.c_void_p] * arrays
-                function.restype = None
-            return found
+            return _loaded(path)
     return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    try:
+        found = ctypes.CDLL(str(path))
+        version = ctypes.c_int.in_dll(found, "gfrnn_cpu_kernels").value
+    except (OSError, ValueError):  # of another machine; older than its version
+        return None
+    if version != _VERSION:
+        return None
+    for name, (numbers, arrays) in _TAKES.items():
+        function = getattr(found, name)
+        function.argtypes = [ctypes.c_ssize_t] * numbers + [ctypes.c_void_p] * arrays
+        function.restype = None
+    return found
 
 
 def missing() -> bool:
@@ -64,10 +74,10 @@ def _unwanted() -> bool:
 
 def usable(plan: Plan, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
     """Whether the kernels are here and compute this plan's steps sooner than torch's operators."""
-    if torch.compiler.is_compiling():  # tensors have no data then
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # tensors have no data, or any type
         return False
-    here = device.type == "cpu" and dtype == torch.float32
-    return here and plan.hidden_size * rows <= _MOST and library() is not None
+    here = device.type == "cpu" and dtype == torch.float32 and library() is not None
+    return here and (plan.hidden_size * rows <= _MOST or torch.get_num_threads() == 1)
 
 
 class Norms(NamedTuple):
@@ -171,6 +181,6 @@ def _call(name: str, *arguments: Tensor | int | None) -> None:
 
 
 def _pointer(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()
-    assert tensor.dtype == torch.float32
+    if not (tensor.is_contiguous() and tensor.dtype == torch.float32):
+        raise ValueError(f"kernels read contiguous float32, not strides {tensor.stride()} of {tensor.dtype}")
     return tensor.data_ptr()

@@ -30,17 +30,17 @@ def _by_onednn(a: Tensor) -> bool:
     return _MKLDNN is not None and a.dtype == torch.float32 and a.device.type == "cpu"
 
 
-_NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _by_mm(left_MK: Tensor, right_KN: Tensor) -> bool:
-    """Whether `mm` is faster: for small products, as a call of oneDNN takes 20 us, but for 2 to 15 columns; without
-    AVX-512, where its products are up to twice as fast as oneDNN's, for most.
+    """Whether `mm` is faster: for small products, as a call of oneDNN takes 20 us, and without AVX-512 for most. For 2 to
+    15 columns it is slow.
     """
     N, size = right_KN.shape[1], left_MK.numel()
     if N == 1:
         return size < 2**20
-    if _NARROW and N >= 16:
+    if _AVX2 and N >= 16:
         return N >= 32 or size < 2**20
     return N >= 16 and size * N < 2**22
 

@@ -1,5 +1,7 @@
 """Steps of the recurrence, forward and back, in torch's operators: the path of every plan on every device.
 
+On a CPU cpu_kernels.py has the pointwise work of the unit and of the global gates, where it is built.
+
 Features come first and rows of the batch last everywhere, so that weights are the left operand of every product, where
 they need no packing (products.py), and every product writes what the next reads. A layer's step is: the layer below,
 the unit gates' and the candidate's recurrent products, each adding to the one before, and the unit. Backward has the
@@ -88,8 +90,8 @@ class _Kept:
     """GRU: what the reset gate multiplies."""
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Layer norm: (normalised, 1 / standard deviation) of the candidate, the unit gates, the cell."""
-    by_kernels: cpu_kernels.Norms | None = None
-    """The same, if the kernels made it."""
+    kernels_norms: cpu_kernels.Norms | None = None
+    """The same, if cpu_kernels.py made it."""
 
 
 @dataclass
@@ -195,7 +197,7 @@ class Steps:
 
                 h_next, cell = hs_TLHB[t + 1, j], (cs_TLHB[t, j], cs_TLHB[t + 1, j]) if plan.has_cell else None
                 if by_kernels:
-                    now.by_kernels = cpu_kernels.unit_forward(plan, w, n_HB, u_UHB, s_HB, h_LHB[j], cell, h_next)
+                    now.kernels_norms = cpu_kernels.unit_forward(plan, w, n_HB, u_UHB, s_HB, h_LHB[j], cell, h_next)
                 else:
                     _unit_forward(plan, w, now, h_LHB[j], cell, h_next)
                 below_HB = h_next + below_HB if plan.residual and j > 0 else h_next
@@ -245,7 +247,7 @@ class Steps:
                 cell = (cs_TLHB[t, j], cs_TLHB[t + 1, j]) if plan.has_cell else None
                 states, written = (h_LHB[j], hs_TLHB[t + 1, j], cell), (d_before_LHB[j], d_c_LHB[j], d_KB)
                 if trace.by_kernels:
-                    parts = plan, w, now.by_kernels, n_HB, u_UHB, s_HB
+                    parts = plan, w, now.kernels_norms, n_HB, u_UHB, s_HB
                     d_s_HB = cpu_kernels.unit_backward(*parts, *states, d_h_LHB[j], d_below_HB, *written, norms[j])
                 else:
                     d_s_HB = _unit_backward(plan, w, now, *states, d_h_LHB[j] + d_below_HB, *written, norms[j])

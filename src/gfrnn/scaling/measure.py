@@ -201,11 +201,15 @@ def _traced(trainer: Trainer) -> dict[str, float]:
 def combined(everyone: list[Own], together: int = 1) -> dict[str, Any]:
     """Fields of a Measurement that come from all processes, in the order of their ranks.
 
-    together: updates that are alike only in sum; quartiles are of their means.
+    together: updates that are alike only in sum, and within which processes do not wait for each other; quartiles are
+    of their means.
     """
     updates = len(everyone[0].seconds)
-    slowest = [max(each) for each in zip(*(own.seconds for own in everyone), strict=True)]
-    rounds = [statistics.fmean(slowest[first : first + together]) for first in range(0, updates, together)]
+    means = [
+        [statistics.fmean(own.seconds[first : first + together]) for first in range(0, updates, together)]
+        for own in everyone
+    ]
+    rounds = [max(each) for each in zip(*means, strict=True)]
     low, middle, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3
     joules = [own.joules for own in everyone if own.joules is not None]
     return {

@@ -86,7 +86,7 @@ class Measurement:
     updates: int = 0
     """That were timed."""
     step_seconds: float = 0.0
-    """Median of an update, of the slowest process; with local updates of the mean from an averaging to the next."""
+    """Median of an update, of the slowest process; with local updates of means over as many as have one averaging."""
     step_seconds_low: float = 0.0
     """Lower quartile."""
     step_seconds_high: float = 0.0

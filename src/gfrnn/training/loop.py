@@ -337,7 +337,7 @@ class Trainer:
         if self.device.type == "cpu" and cpu_kernels.missing():
             self.progress.say(
                 "note: the kernels for CPUs were not built; installed where there is a C compiler, gfrnn trains small "
-                "models up to twice as fast"
+                "models faster (docs/performance.md)"
             )
         for notice in self.task.notices:
             self.progress.say(notice)
