@@ -34,8 +34,9 @@ _AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _by_mm(left_MK: Tensor, right_KN: Tensor) -> bool:
-    """Whether `mm` is faster: for small products, as a call of oneDNN takes 20 us, and without AVX-512 for most. For 2 to
-    15 columns it is slow.
+    """Whether `mm` is faster: for small products, as a call of oneDNN takes 20 us, and without AVX-512 for most.
+
+    For 2 to 15 columns it is slow.
     """
     N, size = right_KN.shape[1], left_MK.numel()
     if N == 1:
