@@ -88,9 +88,10 @@ class Ranks:
         """Why to wait no longer, if so."""
         now = self._clock()
         living = [rank for rank, record in self.records.items() if record["ended"] is None]
-        badly = [rank for rank in self._ended if self._kind(rank) in ("error", "user", "failed", "lost")]
-        if badly and now - min(self._ended[rank] for rank in badly) > limits.silent:
-            return self.own_fault() or self._lost_one_another()
+        badly = [self._ended[rank] for rank in self._ended if self._kind(rank) in ("error", "user", "failed", "lost")]
+        waited = now - min(badly, default=now)
+        if waited > limits.silent and (own := self.own_fault()) is not None:
+            return own
         absent = [rank for rank in self._planned if rank not in self.records]
         if absent and now - self._begin > limits.start:
             return self.failed(absent, f"did not start within {limits.start:g} s")
@@ -102,6 +103,8 @@ class Ranks:
             first = min(self._beat[rank] for rank in silent)
             together = [rank for rank in silent if self._beat[rank] < first + limits.silent / 4]
             return self.failed(together, f"gave no sign for {limits.silent:g} s: dead, stopped or cut off")
+        if waited > 1.25 * limits.silent:  # whom the first that noticed has lost was heard of after that, and lives
+            return Verdict("failed", "the ranks have lost one another", FAILED)
         stalled = [rank for rank in living if now - self._moved[rank] > self._allowed(rank, limits)]
         if living and len(stalled) == len(living):
             return self._stalled(living, limits)
@@ -170,9 +173,6 @@ class Ranks:
         except OSError:
             return None
         return first.replace("Fatal Python error: ", "").strip() or None
-
-    def _lost_one_another(self) -> Verdict:
-        return Verdict("failed", "the ranks have lost one another", FAILED)
 
     def failed(self, ranks: Sequence[int], why: str) -> Verdict:
         rank, record = ranks[0], self.records.get(ranks[0])

@@ -161,6 +161,28 @@ def test_who_ended_badly_is_the_cause_also_where_the_rest_waits_for_ever(fleet: 
     assert "uncorrectable ECC error" in found.why
 
 
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_node_that_died_is_named_though_another_rank_noticed_first(later: int, fleet: Fleet) -> None:
+    """Who has lost it says so at once; its last heartbeats may be read with that, or after it."""
+    fleet.say(0, ended=("lost", "connection reset by peer"))
+    fleet.wait(later, (1, 2, 3))
+    fleet.wait(20, (1,))
+    assert fleet.trouble is None
+    fleet.wait(1, (1,))
+    found = fleet.trouble
+    assert found is not None
+    assert (found.rank, found.nodes) == (2, ("b",))
+    assert "gave no sign for 20 s" in found.why
+
+
+def test_ranks_that_live_have_lost_one_another(fleet: Fleet) -> None:
+    fleet.say(0, ended=("lost", "connection reset by peer"))
+    fleet.wait(25, (1, 2, 3))
+    assert fleet.trouble is None
+    fleet.wait(1, (1, 2, 3))
+    assert fleet.trouble == Verdict("failed", "the ranks have lost one another", FAILED)
+
+
 def test_a_user_error_of_one_rank_ends_the_rest(fleet: Fleet) -> None:
     fleet.say(2, ended=("user", "no space left on device"))
     fleet.wait(21, (0, 1, 3))
