@@ -37,8 +37,8 @@ MODELS = [
     "lstm-3x191:100x100",
     "gf-lstm-3x140:100x100",
     "gf-lstm-3x191:100x100",
+    "gf-lstm-5x700:64x10",
 ]
-MODELS += ["gf-lstm-5x700:64x10"]
 WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "ours": nullcontext,
     "torch": lambda: mock.patch.object(cpu_kernels, "usable", return_value=False),

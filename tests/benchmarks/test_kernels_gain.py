@@ -16,7 +16,7 @@ def benchmark(*flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def test_both_ways_are_timed(tmp_path):
+def test_all_ways_are_timed(tmp_path):
     done = benchmark("--models", "demo:2x3", "gru-3x228:3x2", "--threads", 1, "--json", tmp_path / "gain.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gain.json").read_text())

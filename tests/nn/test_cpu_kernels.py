@@ -1,4 +1,4 @@
-"""The kernels of a CPU's step against torch's operators in float64, and against the plain loop."""
+"""The kernels of a CPU's step, in float32, against the plain loop in float64."""
 
 from __future__ import annotations
 

@@ -41,9 +41,9 @@ def _by_mm(left_MK: Tensor, right_KN: Tensor) -> bool:
     N, size = right_KN.shape[1], left_MK.numel()
     if N == 1:
         return size < 2**20
-    if _AVX2 and N >= 16:
-        return N >= 32 or size < 2**20
-    return N >= 16 and size * N < 2**22
+    if N < 16:
+        return False
+    return N >= 32 or size < 2**20 if _AVX2 else size * N < 2**22
 
 
 def product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype, add_MN: Tensor | None = None) -> Tensor:

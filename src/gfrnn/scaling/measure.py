@@ -155,7 +155,7 @@ def timed(trainer: Trainer, stopwatch: Stopwatch, how: How) -> Own:
     watch.traffic = {}
     for _ in range(how.repeats):
         gc.collect()
-        one_update(trainer)  # all begin together: it ends with a collective
+        one_update(trainer)  # all begin together: it ends with a collective, but for local updates
         before = counter.joules()
         watch.on = True
         for _ in range(updates_in_a_row(trainer.settings, how)):
