@@ -29,9 +29,10 @@ train: $(READY)
 # What measures by the clock has the machine to itself. The rest, whatever waits for something to happen included, runs
 # two files at a time, those that take longest first, so that none is left alone at the end.
 BY_THE_CLOCK := tests/training/test_overhead.py tests/benchmarks/test_overlap.py
-LONGEST := $(patsubst %,tests/%.py,training/test_invariance training/test_train nn/test_fused scaling/test_measure \
-  training/test_train_settings training/test_shards training/test_program_task test_bad_input training/test_tracking \
-  scaling/test_volume training/test_compression training/test_learning training/test_memory export/test_serve_limits)
+LONGEST := $(patsubst %,tests/%.py,training/test_train scaling/test_measure nn/test_fused training/test_train_settings \
+  training/test_invariance test_bad_input training/test_shards export/test_shipped benchmarks/test_paper_tables \
+  scaling/test_volume training/test_program_task training/test_tracking training/test_memory export/test_serve_limits \
+  training/test_preflight benchmarks/test_ablations training/test_compression training/test_learning)
 SIDE_BY_SIDE := $(LONGEST) \
   $(filter-out $(LONGEST) $(BY_THE_CLOCK) tests/systems/%,$(sort $(wildcard tests/test_*.py tests/*/test_*.py)))
 

@@ -61,7 +61,14 @@ def warm_script(
     name: str, *flags: str | Path, env: dict[str, str] | None = None, **kwargs: Any
 ) -> subprocess.CompletedProcess[str]:
     """The same, where it is not about how the program starts: without the seconds of its imports (warm.py)."""
-    return warm.run([str(ROOT / "src" / f"{name}.py"), *map(str, flags)], env=env or environment(), **kwargs)
+    return warm_python(ROOT / "src" / f"{name}.py", *flags, env=env, **kwargs)
+
+
+def warm_python(
+    *command: str | Path, env: dict[str, str] | None = None, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
+    """Of another script or, after -m, of a module."""
+    return warm.run([*map(str, command)], env=env or environment(), **kwargs)
 
 
 def start_training(
@@ -99,15 +106,35 @@ def start_ranks(
 
     only: the first so many. extra: more of the environment, by rank. where: what stands before its command.
     """
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
             [*where(rank), sys.executable, *map(str, command)],
-            env=environment(**{"RANK": str(rank), "LOCAL_RANK": str(rank), **group, **extra(rank)}),
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        for rank, env in enumerate(_ranks(processes, only, extra))
+    ]
+
+
+def warm_ranks(
+    command: Sequence[str | Path],
+    processes: int,
+    *,
+    only: int | None = None,
+    extra: Callable[[int], dict[str, str]] = lambda rank: {},
+    cwd: Path | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same to their ends, where it is not about how they start."""
+    return warm.run_together([*map(str, command)], _ranks(processes, only, extra), cwd=cwd)
+
+
+def _ranks(processes: int, only: int | None, extra: Callable[[int], dict[str, str]]) -> list[dict[str, str]]:
+    """The environment of each."""
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        environment(**{"RANK": str(rank), "LOCAL_RANK": str(rank), **group, **extra(rank)})
         for rank in range(only or processes)
     ]
 
@@ -120,15 +147,22 @@ def wait_until_listening(process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def train(output_dir: Path, flags: Sequence[str] = SMALL, *, stage: str = "z0", **kwargs: Any) -> tuple[int, str, str]:
-    """Trains to the end: (exit status, stdout, stderr). Without the launcher: warm (see warm_script)."""
-    if not kwargs:
-        config = ["--deepspeed", ROOT / "ds_configs" / f"{stage}.json"]
-        done = warm_script("train", *config, "--output-dir", output_dir, *flags, cwd=output_dir.parent)
+def train(
+    output_dir: Path, flags: Sequence[str] = SMALL, *, processes: int = 1, stage: str = "z0", launcher: bool = False
+) -> tuple[int, str, str]:
+    """Trains to the end: (exit status, stdout, stderr), of the first process. Without the launcher: warm."""
+    if launcher:
+        process = start_training(output_dir, flags, processes=processes, stage=stage, launcher=True)
+        out, err = process.communicate(timeout=400)
+        return process.returncode, out, err
+    config = ["--deepspeed", ROOT / "ds_configs" / f"{stage}.json"]
+    command = [ROOT / "src/train.py", *config, "--output-dir", output_dir, *flags]
+    if processes == 1:
+        done = warm_python(*command, cwd=output_dir.parent)
         return done.returncode, done.stdout, done.stderr
-    process = start_training(output_dir, flags, stage=stage, **kwargs)
-    out, err = process.communicate(timeout=400)
-    return process.returncode, out, err
+    ranks = warm_ranks(command, processes, cwd=output_dir.parent)
+    status = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return status, ranks[0].stdout, ranks[0].stderr
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:

@@ -206,5 +206,16 @@ def test_options_without_effect_are_named() -> None:
     assert without_effect(own) == ["--unit-gates own has no effect without feedback, or with --unit tanh"]
     share = changed(compression="powersgd", compression_rank=2, compression_share=0.2)
     assert without_effect(share) == ["--compression-share has no effect on --compression powersgd"]
+    demo = preset("demo")
+    plain = dataclasses.replace(demo.optimization, average="none", schedule="constant")
+    assert without_effect(dataclasses.replace(demo, optimization=plain)) == []  # what it leaves out is the preset's
+    asked = dataclasses.replace(plain, average_decay=0.5, final_learning_rate=1e-9, momentum=0.5, beta1=0.5)
+    patient = dataclasses.replace(demo.run, patience=3, valid_every=0)
+    assert without_effect(dataclasses.replace(demo, optimization=asked, run=patient)) == [
+        "--average-decay has no effect with --average none",
+        "--final-learning-rate has no effect with --schedule constant",
+        "--momentum has no effect with --optimizer adam",
+        "--patience has no effect with --valid-every 0: it counts validations",
+    ]
     for name, settings in presets().items():
         assert without_effect(settings) == [], name

@@ -23,6 +23,7 @@ from gfrnn.runs import (
     Checkpoint,
     RunFolder,
     find_checkpoint,
+    hidden_folder,
     load_checkpoint,
     load_model,
     load_weights,
@@ -478,3 +479,15 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, length: int) -> None:
     assert run.metrics_path.read_text() == whole
     run.append_metrics({"step": 2})
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
+
+
+def test_what_killed_programs_left_is_removed_and_what_is_under_way_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "step[1].onnx"
+    with hidden_folder(target) as other:
+        left = tmp_path / f"{other.name}-left"
+        (left / "new").mkdir(parents=True)
+        (left / "lock").touch()  # nobody holds it
+        with hidden_folder(target) as own:
+            assert not left.exists()
+            assert {path.name for path in tmp_path.iterdir()} == {other.name, own.name}
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import pytest
 import ablations
 from gfrnn.cli import parse
 from gfrnn.config import Settings, UserError, preset, sizes
-from launch import ROOT, environment
+from launch import ROOT, environment, warm_python
 
 SMALL = [
     "--num-layers",
@@ -30,8 +30,11 @@ SMALL = [
 ]
 
 
+SCRIPT = ROOT / "benchmarks/ablations.py"
+
+
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, ROOT / "benchmarks/ablations.py", *words]
+    line = [sys.executable, SCRIPT, *words]
     return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=280, check=False)
 
 
@@ -41,7 +44,7 @@ def settings_of(name: str, flags: list[str]) -> dict[str, Settings]:
 
 
 def test_each_ablation_turns_its_trick_off_and_nothing_else() -> None:
-    flags = ["--embedding-size", "8", "--dropout", "0.1", "--weight-dropout", "0.2"]
+    flags = ["--embedding-size", "8", "--dropout", "0.1", "--weight-dropout", "0.2", "--reset-every", "30"]
     found = settings_of("demo", flags)
     whole = found["whole"]
     assert not found["no layer norm"].model.layer_norm
@@ -53,6 +56,7 @@ def test_each_ablation_turns_its_trick_off_and_nothing_else() -> None:
     half = found["half segments"].batch
     assert half.steps == whole.batch.steps // 2
     assert half.steps * half.rows == whole.batch.steps * whole.batch.rows
+    assert half.steps * half.reset_every == whole.batch.steps * whole.batch.reset_every
     stack = found["no feedback, as many parameters"]
     assert sizes(stack).total == pytest.approx(sizes(whole).total, rel=0.02)
     assert sizes(found["no feedback"]).total < 0.9 * sizes(whole).total
@@ -87,17 +91,19 @@ def test_a_study_is_run_resumed_and_reported(tmp_path: Path) -> None:
     assert chosen.exists() != other.exists()  # only what validation text chose is tried on test text
 
     (torn := folder / "whole-seed-1.test.json").unlink()
-    again = command("run", folder, *flags)
+    again = warm_python(SCRIPT, "run", folder, *flags)
     assert again.returncode == 0, again.stderr
     assert torn.exists()
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    wrong = command("run", folder, "--updates", "5", *flags[2:])
+    wrong = warm_python(SCRIPT, "run", folder, "--updates", "5", *flags[2:])
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith(f"error: {folder} was begun with updates 4, not 5")
 
     (tmp_path / "all.json").write_text('{"another": 1}')
     names = {name: tmp_path / f"all.{name}" for name in ("markdown", "csv", "json")}
-    said = command("report", folder, *(word for name, path in names.items() for word in (f"--{name}", path)))
+    said = warm_python(
+        SCRIPT, "report", folder, *(word for name, path in names.items() for word in (f"--{name}", path))
+    )
     assert said.returncode == 0, said.stderr
     merged = json.loads(names["json"].read_text())
     assert merged.pop("another") == 1
@@ -125,6 +131,6 @@ def test_a_study_is_run_resumed_and_reported(tmp_path: Path) -> None:
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
-    done = command("report", tmp_path)
+    done = warm_python(SCRIPT, "report", tmp_path)
     assert done.returncode == 2
     assert "has no ablations.json in it" in done.stderr

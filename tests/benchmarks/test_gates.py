@@ -16,7 +16,7 @@ from PIL import Image
 import gates
 from gfrnn.config import Settings, UserError, preset
 from gfrnn.runs import RunFolder
-from launch import ROOT, environment
+from launch import ROOT, environment, warm_python
 
 TAUS = np.array([2.0, 30.0, 7.0])
 
@@ -34,14 +34,13 @@ def run_of(path: Path, validations: int = 3, settings: Settings | None = None, *
     return path
 
 
-def gates_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks/gates.py"), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+SCRIPT = ROOT / "benchmarks/gates.py"
 
 
 def test_a_picture_a_table_and_correlations(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / "a [1]"), run_of(tmp_path / "b", validations=2)]
-    done = gates_script(*runs, "--output", tmp_path / "gates.png", "--json", tmp_path / "gates.json")
+    command = [sys.executable, SCRIPT, *runs, "--output", tmp_path / "gates.png", "--json", tmp_path / "gates.json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads((tmp_path / "gates.json").read_text())
     assert [run["steps"] for run in found["runs"]] == [[10, 20, 30], [10, 20]]
@@ -87,9 +86,9 @@ def test_what_has_no_gates_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said) as caught:
             gates.read(run)
         assert "\n" not in str(caught.value)
-    done = gates_script(tmp_path / "young", "--output", tmp_path / "gates.png")
+    done = warm_python(SCRIPT, tmp_path / "young", "--output", tmp_path / "gates.png")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert not (tmp_path / "gates.png").exists()
-    done = gates_script(run_of(tmp_path / "good"), "--output", tmp_path / "gates.txt")
+    done = warm_python(SCRIPT, run_of(tmp_path / "good"), "--output", tmp_path / "gates.txt")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "ends in .png" in done.stderr

@@ -8,16 +8,15 @@ import sys
 
 import pytest
 
-from launch import ROOT, environment
+from launch import ROOT, environment, warm_python
 
-
-def benchmark(*flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "benchmarks/cpu_kernels.py", "--repeats", "2", *flags]
-    return subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
+SCRIPT = ROOT / "benchmarks/cpu_kernels.py"
 
 
 def test_all_ways_are_timed(tmp_path):
-    done = benchmark("--models", "demo:2x3", "gru-3x228:3x2", "--threads", 1, "--json", tmp_path / "gain.json")
+    flags = ["--repeats", "2", "--models", "demo:2x3", "gru-3x228:3x2", "--threads", "1"]
+    command = [sys.executable, SCRIPT, *flags, "--json", tmp_path / "gain.json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gain.json").read_text())
     assert [(each["model"], each["rows"], each["steps"]) for each in found["results"]] == [
@@ -32,7 +31,7 @@ def test_all_ways_are_timed(tmp_path):
 
 @pytest.mark.parametrize("flags", ["--models demo", "--models demo:2xfive", "--models demo:0x3", "--repeats 0"])
 def test_bad_input_is_one_line(flags):
-    done = benchmark(*flags.split())
+    done = warm_python(SCRIPT, *flags.split())
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

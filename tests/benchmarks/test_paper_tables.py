@@ -17,7 +17,7 @@ import pytest
 import paper_tables
 from gfrnn.config import UserError
 from gfrnn.runs import RunFolder
-from launch import ROOT, environment, metrics, summary, validations
+from launch import ROOT, environment, metrics, summary, validations, warm_python
 from paper.compare import Spread, gains, levels, lines, verdict, way
 from paper.figures import COLOURS
 from paper.plan import Budget, Choice, overrides, published_choice
@@ -39,11 +39,6 @@ def small(data: Path, *more: str) -> list[str]:
 def run_flags(folder: Path, *more: str) -> list[str]:
     flags = ["run", str(folder), "--updates", "3", "--seeds", "0", "--threads", "1", "--optimizer", "adam"]
     return [*flags, "--learning-rate", "0.01", "--alone", "--json", f"{folder}.json", *more]
-
-
-def script(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *flags]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +66,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive  # the training ends with the script, whose kill it could not see
     assert [summary(folder / f"{name}-seed-0")["status"] for name in MODELS_HERE] == ["stopped", "stopped"]
-    done = script(*run_flags(folder, "--turn", "0", "--models", *MODELS_HERE), *flags)
+    command = [sys.executable, SCRIPT, *run_flags(folder, "--turn", "0", "--models", *MODELS_HERE), *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "LSTM, adam 0.01" in done.stdout
     return folder
@@ -83,7 +79,7 @@ def rows_of(trained: Path) -> list[Row]:
 
 def test_turns_and_a_kill_change_no_bit(trained: Path, tmp_path: Path) -> None:
     flags = run_flags(tmp_path / "whole", "--models", MODELS_HERE[1])
-    done = script(*flags, *small(trained.parent / "data", "--no-mlflow"))
+    done = warm_python(SCRIPT, *flags, *small(trained.parent / "data", "--no-mlflow"))
     assert done.returncode == 0, done.stderr
     parts, whole = trained / f"{MODELS_HERE[1]}-seed-0", tmp_path / f"whole/{MODELS_HERE[1]}-seed-0"
     assert sorted(validations(whole)) == [1, 2, 3]
@@ -312,7 +308,7 @@ def test_a_budget_of_seconds_ends_with_one_more_update(tmp_path: Path) -> None:
 def test_a_real_trial_is_kept_and_used(tmp_path: Path, trained: Path) -> None:
     flags = ["tune", str(tmp_path / "runs"), "--updates", "10", "--threads", "1", "--units", "lstm"]
     more = small(trained.parent / "data", "--no-mlflow")
-    done = script(*flags, "--optimizers", "adam", "--learning-rates", "0.01", *more)
+    done = warm_python(SCRIPT, *flags, "--optimizers", "adam", "--learning-rates", "0.01", *more)
     assert done.returncode == 0, done.stderr
     assert "LSTM: adam 0.01 for all its models (validation of lstm-3x191); it is at the edge" in done.stdout
     run = tmp_path / "runs/tune-lstm-3x191-adam-0.01-constant"
@@ -402,6 +398,6 @@ def test_a_folder_of_something_else(tmp_path: Path, trained: Path) -> None:
 
 
 def test_a_users_error_ends_with_status_2(tmp_path: Path) -> None:
-    done = script("report", str(tmp_path / "none.json"))
+    done = warm_python(SCRIPT, "report", tmp_path / "none.json")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert done.stderr.startswith("error: ")

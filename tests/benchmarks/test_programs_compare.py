@@ -11,7 +11,7 @@ import pytest
 
 import programs_compare
 from gfrnn.config import UserError, sizes
-from launch import ROOT, environment
+from launch import ROOT, environment, warm_python
 
 SCRIPT = ROOT / "benchmarks/programs_compare.py"
 SMALL = [
@@ -31,15 +31,15 @@ SMALL = [
 ]
 
 
-def compare(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def command(folder: Path, *flags: str) -> list[str | Path]:
     files = ["--output-dir", folder / "runs", "--json", folder / "found.json", "--plot", folder / "found.png"]
-    command = [sys.executable, SCRIPT, "--seeds", "1", "--programs", "20", *files, *flags]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    return [SCRIPT, "--seeds", "1", "--programs", "20", *files, *flags]
 
 
 def test_nets_are_trained_and_compared(tmp_path: Path) -> None:
     flags = ["--", *SMALL, "--max-updates", "3", "--data-dir", str(tmp_path / "data")]
-    done = compare(tmp_path, *flags)
+    cold = [sys.executable, *command(tmp_path, *flags)]
+    done = subprocess.run(cold, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert [(cell["nesting"], cell["length"]) for cell in found["cells"]] == [(1, 1), (1, 2)]
@@ -52,7 +52,8 @@ def test_nets_are_trained_and_compared(tmp_path: Path) -> None:
         assert parameters == found["nets"][who]["parameters"]
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     assert "mean gain" in done.stdout
-    other = compare(tmp_path, "--", *SMALL, "--max-updates", "2", "--data-dir", str(tmp_path / "data"))
+    flags = ["--", *SMALL, "--max-updates", "2", "--data-dir", str(tmp_path / "data")]
+    other = warm_python(*command(tmp_path, *flags))
     assert other.returncode == 1
     assert "has a longer run already" in other.stderr
 

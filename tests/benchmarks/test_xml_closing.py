@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gfrnn.config import UserError
-from launch import ROOT, SMALL, environment, train
+from launch import ROOT, SMALL, environment, train, warm_python
 from xml_closing import KINDS, count, openings, share, total
 
 # kind, prompt, sample, bytes left, (opened, closed, left open by the prompt, of these closed, closing nothing)
@@ -100,9 +100,10 @@ def test_a_real_model_is_counted(tmp_path: Path) -> None:
     status, _, err = train(tmp_path / "run", [*SMALL, *data, "--max-updates", "30"])
     assert status == 0, err
     sizes = ["--samples", "7", "--length", "150", "--prompt-bytes", "20", "--left", "30"]
-    command = [sys.executable, ROOT / "benchmarks/xml_closing.py", tmp_path / "run", *sizes]
+    command = [ROOT / "benchmarks/xml_closing.py", tmp_path / "run", *sizes]
     files = ["--json", tmp_path / "found.json", "--samples-dir", tmp_path / "samples"]
-    done = subprocess.run([*command, *files], env=environment(), capture_output=True, text=True, timeout=240)
+    cold = [sys.executable, *command, *files]
+    done = subprocess.run(cold, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     samples = [path.read_bytes() for path in sorted((tmp_path / "samples").iterdir())]
@@ -118,6 +119,6 @@ def test_a_real_model_is_counted(tmp_path: Path) -> None:
         real = found["real"][kind]["opened"]
         assert real["closed"] == real["opened"] > 0
     assert "real text" in done.stdout
-    wrong = subprocess.run([*command, "--left", "150"], env=environment(), capture_output=True, text=True)
+    wrong = warm_python(*command, "--left", "150")
     assert wrong.returncode == 2
     assert "--left is 150" in wrong.stderr

@@ -75,11 +75,11 @@ class Server:
             assert time.monotonic() < until, health
             time.sleep(0.02)
 
-    def open(self, body: Any) -> socket.socket:
-        """A connection that has asked for a completion and not read anything yet."""
+    def open(self, body: Any, path: str = "/v1/completions") -> socket.socket:
+        """A connection that has asked for something and not read anything yet."""
         data = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         return connection
 

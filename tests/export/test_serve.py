@@ -124,6 +124,26 @@ def test_streams_equal_the_whole(client: openai.OpenAI, server: Server) -> None:
             assert [value for each in said for value in getattr(each, name)] == expected["logprobs"][name], name
 
 
+def test_an_echoed_prompt_comes_as_it_is_read(server: Server) -> None:
+    asked: dict[str, Any] = {"prompt": "é long one " * 80, "max_tokens": 5, "seed": 1, "echo": True, "logprobs": 1}
+    whole = server.complete(**asked)["choices"][0]
+    parts = [chunk["choices"][0] for chunk in server.events(**asked)]
+    assert len(parts) > 3
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    for name, expected in whole["logprobs"].items():
+        assert [value for part in parts if part["logprobs"] for value in part["logprobs"][name]] == expected, name
+    for part in parts:  # the text and what is said of it come together; what the model writes may be no UTF-8
+        if part["text"] and "\ufffd" not in part["text"]:
+            assert len(part["logprobs"]["tokens"]) == len(part["text"].encode())
+
+
+def test_what_is_cached_is_a_part_of_the_prompts(server: Server) -> None:
+    before = server.metric("gfrnn_cached_symbols_total")
+    usage = server.complete(prompt="what is this " * 70, n=5, max_tokens=1)["usage"]
+    assert usage["prompt_tokens"] == 910 >= usage["prompt_tokens_details"]["cached_tokens"]
+    assert server.metric("gfrnn_cached_symbols_total") - before >= 4 * 900  # by those who waited for the first
+
+
 def test_long_streams_take_no_longer_a_byte(server: Server) -> None:
     """With all that may be asked beside the text, whose places in it are counted on, not counted anew."""
 
@@ -326,6 +346,14 @@ def test_held_back_and_offsets() -> None:
     assert held_back(b"the stop", [b"stopped"]) == 4
     assert held_back(b"the stop", [b"stop"]) == 4  # seen before it is taken off
     assert held_back(b"anything", [b"x"]) == held_back(b"", [b"ab"]) == 0
+    letters = np.random.default_rng(0)
+    for _ in range(300):
+        text, *stops = (letters.integers(97, 99, letters.integers(1, 7), np.uint8).tobytes() for _ in range(4))
+        ends = [n for n in range(len(text) + 1) if any(stop.startswith(text[len(text) - n :]) for stop in stops)]
+        assert held_back(text, stops) == max(ends)
+    begin = time.perf_counter()
+    held_back(b"a" * 5000, [b"a" * 1023 + bytes([k]) for k in range(16)])
+    assert time.perf_counter() - begin < 0.1
     assert offsets("aé€b".encode()) == [0, 1, 1, 2, 2, 2, 3]
     assert offsets(b"\xc3\xc3\xa9\xe2a\xff") == [0, 1, 1, 2, 3, 4]  # what is no UTF-8 is a character each
     characters = Characters()

@@ -121,6 +121,19 @@ def test_a_client_that_goes_away_frees_its_row(stream: bool, when: str, server: 
     assert time.monotonic() - begin < 2  # long before it would have been done
 
 
+def test_requests_are_counted_by_route_and_those_nobody_waits_for_apart(server: Server) -> None:
+    connection = server.open({"text": "x" * 19_000}, "/v1/score")
+    until = time.monotonic() + 10
+    while server.ask("/healthz")[1]["rows_in_use"] == 0:
+        assert time.monotonic() < until
+    connection.close()
+    server.wait_until_idle()
+    server.ask("/v1/models/small")
+    counted = server.ask("/metrics")[1]
+    for path, status in (("/v1/score", 499), ("/v1/models/{model}", 200)):
+        assert f'gfrnn_requests_total{{path="{path}",status="{status}"}} ' in counted
+
+
 def test_idle_it_costs_next_to_nothing(server: Server) -> None:
     server.complete(prompt="x", max_tokens=50)
     server.wait_until_idle()

@@ -23,7 +23,7 @@ from gfrnn.training import ship
 from gfrnn.training.card import command
 from gfrnn.training.evaluate import EvaluateSettings, evaluate
 from gfrnn_onnx import ModelError, Session
-from launch import ROOT, SMALL, environment, losses, script, summary, train
+from launch import ROOT, SMALL, environment, losses, script, summary, train, warm_script
 
 UPDATES = 60
 DATA = ["--corpus", "enwik8-1m"]
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert status == 0, err
     for precision in ("bf16", "int8"):
         flags = ["--precision", precision, "--notes", "On a test's machine.", *SCORED]
-        done = script("ship", folder / "runs/tiny", f"tiny-{precision}", *flags, env=own(folder))
+        done = warm_script("ship", folder / "runs/tiny", f"tiny-{precision}", *flags, env=own(folder))
         assert done.returncode == 0, done.stderr
         assert f"tiny-{precision}: 0." in done.stdout
     return folder
@@ -127,7 +127,7 @@ def test_the_card_says_what_evaluation_finds(folder: Path, models: Path, tmp_pat
     rows = dict(re.findall(r"^\| (of the run|these) \([a-z0-9]+\) \| (.*) \|$", card, re.M))
     config = json.loads((models / name / "config.json").read_text())
     data = ["--data-dir", folder / "data", "--json", tmp_path / "found.json"]
-    done = script("evaluate", name, *SCORED, *data, env=own(folder))
+    done = warm_script("evaluate", name, *SCORED, *data, env=own(folder))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert rows["these"] == f"{found['valid_bpc']:.4f} | {found['test_bpc']:.4f}"
@@ -183,7 +183,7 @@ def test_dynamic_evaluation_by_name(folder: Path, models: Path, tmp_path: Path) 
     assert gain > 0.2
     assert own_gain == pytest.approx(gain, rel=0.2)
     flags = ["--dynamic", "--dynamic-learning-rate", "0.003", "--streams", "1", "--json", tmp_path / "found.json"]
-    done = script("evaluate", "tiny-int8", "--text-file", tmp_path / "text", *flags, env=own(folder))
+    done = warm_script("evaluate", "tiny-int8", "--text-file", tmp_path / "text", *flags, env=own(folder))
     assert done.returncode == 0, done.stderr
     by_command = json.loads((tmp_path / "found.json").read_text())
     assert by_command["dynamic"]
@@ -193,18 +193,18 @@ def test_dynamic_evaluation_by_name(folder: Path, models: Path, tmp_path: Path) 
 def test_sample_by_name(folder: Path, models: Path) -> None:
     words = ["--prompt", "The ", "--length", "30", "--seed", "2"]
     by_name = script("sample", "tiny-int8", *words, env=own(folder))
-    by_path = script("sample", models / "tiny-int8", *words)
+    by_path = warm_script("sample", models / "tiny-int8", *words)
     assert by_name.returncode == 0, by_name.stderr
     assert by_name.stdout == by_path.stdout
     assert by_name.stdout.startswith("The ")
-    unknown = script("sample", "tiny-int9", *words, env=own(folder))
+    unknown = warm_script("sample", "tiny-int9", *words, env=own(folder))
     assert "did you mean tiny-int8?" in refusal(unknown)
 
 
 def test_a_run_begins_with_its_weights(folder: Path, tmp_path: Path) -> None:
     flags = [*FLAGS[:-1], "6", "--data-dir", folder / "data", "--start-from", "tiny-bf16", "--warmup-updates", "0"]
     for name in ("a", "b"):
-        done = script("train", *flags, "--output-dir", tmp_path / name, env=own(folder))
+        done = warm_script("train", *flags, "--output-dir", tmp_path / name, env=own(folder))
         assert done.returncode == 0, done.stderr
         flags = [flag for flag in flags if flag not in ("--start-from", "tiny-bf16")]
     begun, fresh = losses(tmp_path / "a"), losses(tmp_path / "b")
@@ -255,7 +255,7 @@ def test_served_by_name(models: Path) -> None:
 
 def test_what_cannot_ship(folder: Path, tmp_path: Path) -> None:
     def tried(*words: str | Path, name: str = "other") -> str:
-        return refusal(script("ship", words[0], name, *words[1:], *SCORED, env=own(folder)))
+        return refusal(warm_script("ship", words[0], name, *words[1:], *SCORED, env=own(folder)))
 
     run = folder / "runs/tiny"
     assert "tiny-int8 is there already" in tried(run, name="tiny-int8")

@@ -141,6 +141,9 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
     assert (tmp_path / "big.onnx").stat().st_size < 60_000
     assert len(Session(tmp_path / "big.onnx", "cpu").score(b"abc")) == 3
+    monkeypatch.undo()
+    to_onnx(monkeypatch, run, "--text-file", text_file, "--output", tmp_path / "big.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["big.onnx"]
 
 
 # A model that fails is not written ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gfrnn.nn import GatedFeedbackRNN, Noise, graphs, kernels
+from gfrnn.nn import GatedFeedbackRNN, Noise, graphs, kernels, triton_kernels
 from gfrnn.nn.fused import FusedSteps, FusedTrace, Left
 from gfrnn.nn.graphs import Graphs
 from gfrnn.nn.inputs import InputPart
@@ -331,8 +331,14 @@ def test_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernels.usable(plan, torch.device("cuda"), torch.float64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert kernels.usable(plan, torch.device("cpu"))
+    triton_kernels.load()  # with its interpreter, for good
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not kernels.usable(plan, torch.device("cpu"))
+    if DEVICE.type == "cpu":
+        kernels._triton_starts.cache_clear()
+        with pytest.warns(UserWarning, match="Triton cannot start here"):
+            assert not kernels.usable(plan, torch.device("cuda"))
+        assert not kernels.usable(plan, torch.device("cuda"))  # said once
 
 
 # The layer as it is used: the Function on these steps, and on graphs of them ------------------------------------
@@ -491,6 +497,22 @@ def test_graphs_are_used_again(captured: bool, monkeypatch: pytest.MonkeyPatch) 
     again = copy.deepcopy(rnn)
     assert not again.graphs.free
     torch.testing.assert_close(again(segments[0])[0], rnn(segments[0])[0])
+
+
+@pytest.mark.parametrize("captured", [True], indirect=True, ids=["graphs"])
+def test_graphs_are_of_one_precision_of_products(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = mock.Mock(side_effect=graphs.capture)
+    monkeypatch.setattr(graphs, "capture", count)
+    rnn, segment = network(captured), torch.randint(6, (1, 2), device=DEVICE)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, captures in (("highest", 2), ("high", 4), ("highest", 4)):
+            torch.set_float32_matmul_precision(precision)
+            for _ in range(3):
+                trained(rnn, [segment])
+            assert count.call_count == captures
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_one_hot_product_is_the_look_up() -> None:

@@ -27,7 +27,7 @@ from gfrnn.scaling.phases import Stopwatch
 from gfrnn.scaling.records import PARTS, Measurement, Products
 from gfrnn.scaling.store import read
 from gfrnn.scaling.sweep import KINDS
-from launch import ROOT, environment, script
+from launch import ROOT, environment, script, warm_script
 
 GRID = ["--presets", "demo", "--rows", "8", "--steps", "10"]
 HOW = ["--warm-up", "1", "--updates", "3", "--repeats", "2", "--sweep-seconds", "0.4", "--network", "here"]
@@ -145,7 +145,7 @@ def results(study: Path) -> Iterator[Any]:
 def test_a_plan_by_what_was_measured(study: Path, tmp_path: Path) -> None:
     where = tmp_path / "plan.json"
     flags = [*GRID, "--ds-configs", "z2", "--world-sizes", "1", "4", "--measured", study, "--json", where]
-    done = script("study", "plan", *flags)
+    done = warm_script("study", "plan", *flags)
     assert done.returncode == 0, done.stderr
     alone, four = json.loads(where.read_text())
     speeds = [found.flops / found.point.world_size / statistics.fmean(found.busy_seconds) for found in measured(study)]
@@ -155,11 +155,11 @@ def test_a_plan_by_what_was_measured(study: Path, tmp_path: Path) -> None:
 
 def test_a_second_run_measures_nothing_and_new_flags_add_points(study: Path) -> None:
     before = stamps(study)
-    done = script("study", "run", study)
+    done = warm_script("study", "run", study)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4 of 4 points are done")
     assert stamps(study) == before
-    done = script("study", "run", study, *GRID, "--world-sizes", "1", "2", "--memory", "0.01")
+    done = warm_script("study", "run", study, *GRID, "--world-sizes", "1", "2", "--memory", "0.01")
     assert done.stdout.startswith("6 of 6 points are done, 2 of them failed\n"), done.stderr
     assert {name: stamp for name, stamp in stamps(study).items() if name in before} == before
     *_, large = measured(study)
@@ -210,7 +210,7 @@ def test_killed_in_the_middle_it_goes_on(where: Path) -> None:
     assert {name: stamps(where)[name] for name in before} == before
     assert measured(where)[1].failed == "rank 1 was killed: out of memory?"
 
-    done = script("study", "run", where, "--again", "--launcher", "deepspeed")
+    done = warm_script("study", "run", where, "--again", "--launcher", "deepspeed")
     assert done.stdout.startswith("2 of 2 points are done, 0 of them failed"), done.stderr
     assert {name: stamps(where)[name] for name in before} == before
     assert measured(where)[1].point.world_size == 2
@@ -224,7 +224,7 @@ def test_failures_do_not_end_a_study(where: Path) -> None:
     text = where.parent / "text"
     text.write_bytes(b"All work and no play. " * 100)
     flags = ["--presets", "demo", "--rows", "4", "--steps", "600", "10", *HOW, "--sweep-seconds", "0"]
-    done = script("study", "run", where, *flags, "--corpus-file", text)
+    done = warm_script("study", "run", where, *flags, "--corpus-file", text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 of 2 points are done, 1 of them failed")
     short, good = measured(where)
@@ -234,22 +234,24 @@ def test_failures_do_not_end_a_study(where: Path) -> None:
 
 
 def test_a_point_that_takes_too_long(where: Path) -> None:
-    done = script("study", "run", where, *GRID, *HOW, "--limit", "0.02")
+    done = warm_script("study", "run", where, *GRID, *HOW, "--limit", "0.02")
     assert done.returncode == 0, done.stderr
     assert measured(where)[0].failed == "took more than 0.02 minutes"
 
 
 def test_what_others_started_is_collected(where: Path) -> None:
     """As slurm/measure.sbatch does: processes with variables of their own, then what came of them."""
-    script("study", "run", where, *GRID, *HOW, "--world-sizes", "1", "2", "--slurm", "--dry-run")
-    alone = script("study", "measure", where, "1")
+    warm_script("study", "run", where, *GRID, *HOW, "--world-sizes", "1", "2", "--slurm", "--dry-run")
+    alone = warm_script("study", "measure", where, "1")
     assert alone.returncode == 0, alone.stderr
-    wrong = script("study", "measure", where, "2")  # one process, where the point is for two
+    wrong = warm_script("study", "measure", where, "2")  # one process, where the point is for two
     assert wrong.returncode == 2
     said = where.parent / "said"
     said.write_text(wrong.stderr)
     for number, status in (("1", "0"), ("2", "2")):
-        done = script("study", "collect", where, number, "--status", status, "--said", said, "--experiment", "theirs")
+        done = warm_script(
+            "study", "collect", where, number, "--status", status, "--said", said, "--experiment", "theirs"
+        )
         assert done.returncode == 0, done.stderr
     good, bad = measured(where)
     assert not good.failed

@@ -12,7 +12,7 @@ from synthetic import MACHINE, POINTS, ds_config_of, measured, sweep, truth
 
 from gfrnn.config import UserError
 from gfrnn.scaling.clusters import load_cluster
-from gfrnn.scaling.page import Report, Section, write
+from gfrnn.scaling.page import Report, Section, write, written
 from gfrnn.scaling.prediction import fit
 from gfrnn.scaling.records import Machine, Measurement, Timed
 from gfrnn.scaling.report import make
@@ -65,6 +65,29 @@ def test_scaling_is_against_one_process(made: Report) -> None:
     assert strong.rows
     assert [row[1] for row in weak.rows if row[0].startswith("across nodes, 8 rows") and " z0 " in row[0]] == ["1", "4"]
     assert "5.0%" in weak.rows[0][-1]
+
+
+def test_without_one_process_it_says_what_the_rest_is_measured_against() -> None:
+    measurements, timed = study()
+    made = make([each for each in measurements if each.point.world_size > 1], timed, clusters=[], target=None)
+    reached = [line for line in made.conclusions if " processes reach " in line]
+    assert reached
+    for line in reached:
+        found = re.search(r"(\d+) processes reach .* of ([\d.]+) times what (\d+) do\.$", line)
+        assert found is not None, line
+        assert int(found[1]) == float(found[2]) * int(found[3])
+
+
+def test_two_sections_of_one_title_have_files_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("not of the report")
+    two = [Section("Theirs", header=["h"], rows=[[value]]) for value in "ab"]
+    report = Report("a title", "about", sections=two)
+    write(report, tmp_path)
+    assert [path.name for path in written(report, tmp_path)] == ["index.html", "theirs.csv", "theirs-2.csv"]
+    assert [(tmp_path / name).read_text().split() for name in ("theirs.csv", "theirs-2.csv")] == [
+        ["h", "a"],
+        ["h", "b"],
+    ]
 
 
 def test_the_page_needs_no_other_file(made: Report, tmp_path: Path) -> None:

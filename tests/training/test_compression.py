@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 
-from launch import ROOT, SMALL, losses, metrics, script, start_ranks, validations
+from launch import ROOT, SMALL, losses, metrics, script, validations, warm_ranks
 
 HERE = Path(__file__).parent
 COMPRESSED = ("powersgd", "topk")
 
 
 def run_ranks(name: str, processes: int, argument: Path) -> None:
-    for process in start_ranks([HERE / name, argument], processes):
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3000:]
+    for rank in warm_ranks([HERE / name, argument], processes):
+        assert rank.returncode == 0, rank.stderr[-3000:]
 
 
 # ---------------------------------------------------------------------------------- on known gradients, no engine

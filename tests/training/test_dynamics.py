@@ -221,7 +221,7 @@ def test_two_processes_record_what_one_does(tmp_path: Path) -> None:
     flags = [*SMALL, "--gates", "--max-updates", "1", "--warmup-updates", "0"]
     flags += ["--learning-rate", "1e-20", "--final-learning-rate", "0"]
     for processes in (1, 2):
-        status, _, err = train(tmp_path / str(processes), flags, processes=processes, launcher=processes > 1)
+        status, _, err = train(tmp_path / str(processes), flags, processes=processes)
         assert status == 0, err
     (one,), (two,) = seen_by(tmp_path / "1"), seen_by(tmp_path / "2")
     for name in ("valid_bpc", "mean_gates", "timescales"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import losses, metrics, start_ranks, validations
+from launch import losses, metrics, validations, warm_ranks
 
 WORKER = Path(__file__).with_name("invariance_worker.py")
 STAGES, ACCUMULATIONS, PROCESSES = (0, 1, 2, 3), (1, 2), (1, 2, 3)
@@ -29,9 +29,8 @@ def name_of(stage: int, processes: int, accumulation: int) -> str:
 
 
 def run_workers(folder: Path, processes: int, jobs: list[str], dtype: str = "fp32", task: str = "text") -> None:
-    for process in start_ranks([WORKER, folder, task, dtype, *jobs], processes):
-        _, err = process.communicate(timeout=500)
-        assert process.returncode == 0, err[-3000:]
+    for rank in warm_ranks([WORKER, folder, task, dtype, *jobs], processes):
+        assert rank.returncode == 0, rank.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ def test_below_the_bigram_entropy_of_held_out_text(tmp_path):
         [*flags, "--learning-rate", "6e-3", "--max-updates", "300", "--valid-every", "0", "--eval-streams", "16"],
         processes=2,
         stage="z2",
-        launcher=True,
     )
     assert status == 0, err
     assert summary(tmp_path / "run")["test_bpc"] < bound

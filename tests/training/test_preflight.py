@@ -10,28 +10,38 @@ from pathlib import Path
 from typing import Any
 
 from gfrnn.training.preflight import Node, by_node, clocks_apart, compare
-from launch import ROOT, start_ranks
+from launch import ROOT, start_ranks, warm_ranks
 
 PREFLIGHT = ["-m", "gfrnn.training.preflight", "--output-dir"]
 
 
 def preflight(
-    folder: Path, *flags: str, extra: Callable[[int], dict[str, str]] = lambda rank: {}, only: int | None = None
+    folder: Path,
+    *flags: str,
+    extra: Callable[[int], dict[str, str]] = lambda rank: {},
+    only: int | None = None,
+    warm: bool = True,
 ) -> tuple[list[int], list[str], dict[str, Any]]:
-    """Of two nodes: exit statuses, what each says, and preflight.json."""
+    """Of two nodes: exit statuses, what each says, and preflight.json. PYTHONPATH in extra has no effect if warm."""
 
     def environment(rank: int) -> dict[str, str]:
         node = {"SLURMD_NODENAME": f"node{rank + 1}", "GFRNN_NODES": "node1 node2", "DS_ACCELERATOR": "cpu"}
         return {**node, "GFRNN_CONTROL": str(folder / "control"), "PYTHONPATH": str(ROOT / "src"), **extra(rank)}
 
-    ranks = start_ranks([*PREFLIGHT, folder / "run", *flags], 2, extra=environment, only=only)
-    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    command = [*PREFLIGHT, folder / "run", *flags]
+    if warm:
+        ended = warm_ranks(command, 2, extra=environment, only=only)
+        results = [(rank.returncode, rank.stderr) for rank in ended]
+    else:
+        ranks = start_ranks(command, 2, extra=environment, only=only)
+        said = [rank.communicate(timeout=100)[1] for rank in ranks]
+        results = [(rank.returncode, err) for rank, err in zip(ranks, said, strict=True)]
     found = json.loads((folder / "control/preflight.json").read_text())
-    return [rank.returncode for rank in ranks], said, found
+    return [status for status, _ in results], [err for _, err in results], found
 
 
 def test_two_nodes_that_are_alike(tmp_path: Path) -> None:
-    statuses, said, found = preflight(tmp_path)
+    statuses, said, found = preflight(tmp_path, warm=False)
     assert statuses == [0, 0], said
     assert "preflight: passed" in said[0]
     assert [node["name"] for node in found["nodes"]] == ["node1", "node2"]
@@ -45,7 +55,7 @@ def test_another_version_of_a_package(tmp_path: Path) -> None:
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: mlflow\nVersion: 0.1\n")
     paths = {1: {"PYTHONPATH": f"{other.parent}:{ROOT / 'src'}"}}
-    statuses, said, _ = preflight(tmp_path, extra=lambda rank: paths.get(rank, {}))
+    statuses, said, _ = preflight(tmp_path, extra=lambda rank: paths.get(rank, {}), warm=False)
     assert statuses == [2, 2]
     assert "preflight: error: node2: it has mlflow 0.1, node1 " in said[0]
     assert "have all nodes use one environment, GFRNN_PYTHON" in said[0]
@@ -58,7 +68,7 @@ def test_other_code(tmp_path: Path) -> None:
     with (other / "src/gfrnn/cli.py").open("a") as f:
         f.write("# a change\n")
     paths = {1: {"PYTHONPATH": str(other / "src")}}
-    statuses, said, found = preflight(tmp_path, extra=lambda rank: paths.get(rank, {}))
+    statuses, said, found = preflight(tmp_path, extra=lambda rank: paths.get(rank, {}), warm=False)
     assert statuses == [2, 2]
     commits = [node["commit"] for node in found["nodes"]]
     assert f"node2: its code is not that of node1 (commits None and {commits[0]}); have all nodes see one" in said[0]

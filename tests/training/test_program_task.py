@@ -1,4 +1,4 @@
-"""Programs by the real commands: trained with the launcher, scored, drawn, tracked, predicted, resumed, refused."""
+"""Programs by the real commands: trained by two processes, scored, drawn, tracked, predicted, resumed, refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def flags(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def run(folder: Path, flags: list[str]) -> Path:
     """A finished run of two processes, in MLflow."""
-    status, out, err = train(folder / "run", [*flags, "--max-updates", "200"], processes=2, stage="z2", launcher=True)
+    status, out, err = train(folder / "run", [*flags, "--max-updates", "200"], processes=2, stage="z2")
     assert status == 0, err
     assert "of test characters right" in out
     assert "--program FILE" in out

@@ -48,24 +48,32 @@ def partners(kind: str) -> tuple[str, ...]:
     return STAGES
 
 
+KINDS = (*FP32, *BF16, *RMSPROP, *ACCUMULATED)
+
+
+def loaded(kind: str, world_size: int) -> list[str]:
+    """Whose files a job loads: its own first, then each partner's at one world size; all of them over all jobs."""
+    own, turn = f"{kind}@{world_size}", KINDS.index(kind) + world_size
+    others = [f"{k}@{WORLD_SIZES[(turn + i) % len(WORLD_SIZES)]}" for i, k in enumerate(partners(kind))]
+    return [own, *(name for name in others if name != own)]
+
+
 Results = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Results by job: KIND@W saves; load-KIND@W loads its own file first, then those of its partners at every W."""
+    """Results by job: KIND@W saves; load-KIND@W loads its own file and those of its partners."""
     folder = tmp_path_factory.mktemp("shards")
-    kinds = (*FP32, *BF16, *RMSPROP, *ACCUMULATED)
     plan: list[Any] = []
     for world_size in WORLD_SIZES:
-        names = {kind: f"{kind}@{world_size}" for kind in kinds}
+        names = {kind: f"{kind}@{world_size}" for kind in KINDS}
         plan.append([world_size, [job(k, name=n, save=f"{folder}/{n}.pt") for k, n in names.items()]])
     for world_size in WORLD_SIZES:
         jobs = []
-        for kind in kinds:
-            own = f"{kind}@{world_size}"
-            others = [f"{k}@{w}" for k, w in itertools.product(partners(kind), WORLD_SIZES) if f"{k}@{w}" != own]
-            jobs.append(job(kind, name=f"load-{own}", loads=[f"{folder}/{n}.pt" for n in (own, *others)]))
+        for kind in KINDS:
+            loads = [f"{folder}/{name}.pt" for name in loaded(kind, world_size)]
+            jobs.append(job(kind, name=f"load-{kind}@{world_size}", loads=loads))
         jobs.append(job("z2", name=f"forget@{world_size}", loads=[f"{folder}/z2@{world_size}.pt"], forget="exp_avg"))
         plan.append([world_size, jobs])
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -131,7 +139,7 @@ def test_trains_as_plain_torch_does(results: Results, reference: dict[str, Any],
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("kind", [*FP32, *BF16, *RMSPROP, *ACCUMULATED])
+@pytest.mark.parametrize("kind", KINDS)
 def test_same_stage_and_ranks_go_on_bit_for_bit(results: Results, kind: str, world_size: int) -> None:
     name = f"{kind}@{world_size}"
     uninterrupted, resumed = results[name]["runs"][""], results[f"load-{name}"]["runs"][name]
@@ -140,10 +148,10 @@ def test_same_stage_and_ranks_go_on_bit_for_bit(results: Results, kind: str, wor
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("kind", [*FP32, *BF16, *RMSPROP, *ACCUMULATED])
+@pytest.mark.parametrize("kind", KINDS)
 def test_other_stages_and_ranks_go_on_closely(results: Results, kind: str, world_size: int) -> None:
     runs = results[f"load-{kind}@{world_size}"]["runs"]
-    assert len(runs) == 3 * len(partners(kind)) + (kind not in partners(kind))
+    assert list(runs) == loaded(kind, world_size)
     for source, run in runs.items():
         assert_close(run, results[source]["runs"][""], bound(kind))
 
@@ -178,7 +186,8 @@ def test_an_engine_computes_with_weights_loaded_into_it(results: Results) -> Non
 
 def test_under_the_launcher(results: Results, tmp_path: Path) -> None:
     folder = results["folder"]["path"]
-    loads = [f"{folder}/z2@2.pt", f"{folder}/z3@3.pt"]
+    _, other, *_ = names = loaded("z2", 2)
+    loads = [f"{folder}/{name}.pt" for name in names[:2]]
     (tmp_path / "plan.json").write_text(json.dumps([[2, [job("z2", name="launched", loads=loads)]]]))
     launcher = Path(sys.executable).with_name("deepspeed")
     subprocess.run(
@@ -190,7 +199,7 @@ def test_under_the_launcher(results: Results, tmp_path: Path) -> None:
     runs = json.loads((tmp_path / "launched.json").read_text())["runs"]
     expected = results["load-z2@2"]["runs"]
     assert runs[loads[0]] == expected["z2@2"]
-    assert runs[loads[1]] == expected["z3@3"]
+    assert runs[loads[1]] == expected[other]
 
 
 ALONE = """
@@ -248,3 +257,9 @@ def test_optimizers_decay_matrices_only() -> None:
         assert [{p.ndim for p in group["params"]} for group in decayed.param_groups] == [{2}, {1}]
         assert sum(len(group["params"]) for group in decayed.param_groups) == len(list(model.parameters()))
     assert decayed.defaults["centered"]
+
+
+def test_files_of_every_kind_and_world_size_are_loaded_by_every_kind() -> None:
+    for kind in KINDS:
+        found = {name for world_size in WORLD_SIZES for name in loaded(kind, world_size)}
+        assert found >= {f"{k}@{w}" for k, w in itertools.product(partners(kind), WORLD_SIZES)}

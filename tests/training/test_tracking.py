@@ -23,7 +23,7 @@ from gfrnn.config import Settings
 from gfrnn.runs import RunFolder
 from gfrnn.training.mlflow_sender import SystemMetrics, tracking_uri
 from gfrnn.training.tracking import Tracker, main, ui_command
-from launch import SMALL, environment, free_port, losses, summary, warm_script
+from launch import SMALL, environment, free_port, losses, summary, warm_python, warm_script
 
 # ------------------------------------------------------------------------------------------------- a trainer's part
 
@@ -94,8 +94,7 @@ def send(run: Run, *flags: str, **variables: str) -> subprocess.CompletedProcess
     """python -m gfrnn.training.tracking RUN, from a folder in which nothing may appear."""
     cwd = run.path.parent.parent / "elsewhere"
     cwd.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "gfrnn.training.tracking", str(run.path), *flags]
-    done = subprocess.run(command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=120)
+    done = warm_python("-m", "gfrnn.training.tracking", run.path, *flags, cwd=cwd, env=environment(**variables))
     assert not list(cwd.iterdir())
     return done
 
@@ -103,20 +102,11 @@ def send(run: Run, *flags: str, **variables: str) -> subprocess.CompletedProcess
 # --------------------------------------------------------------------------------------------------------- fixtures
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, made once: that takes seconds."""
-    run = Run(tmp_path_factory.mktemp("empty") / "runs/first")
-    done = send(run, "--experiment", "another")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    return run.path.parent / "mlflow.db"
-
-
 @pytest.fixture
-def run(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, mlflow_tables: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "runs").mkdir()
-    shutil.copy(empty_database, tmp_path / "runs/mlflow.db")
+    shutil.copy(mlflow_tables, tmp_path / "runs/mlflow.db")
     return Run(tmp_path / "runs/a run")
 
 
@@ -155,9 +145,9 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> Iterator[Server]:
     """Not started: the first test wants it down."""
-    server = Server(tmp_path_factory.mktemp("server"), empty_database)
+    server = Server(tmp_path_factory.mktemp("server"), mlflow_tables)
     yield server
     server.kill()
 
@@ -196,7 +186,7 @@ def test_a_finished_run_arrives_whole(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert json.loads((artifacts / "ds_config.json").read_text()) == {"zero_optimization": {"stage": 2}}
     assert {path.name for path in run.path.parent.iterdir()} == {"a run", "mlflow.db", "mlartifacts"}
     experiments = client(tracking_uri(run.path)).search_experiments()
-    assert {e.name for e in experiments} == {"Default", "another", "gfrnn"}
+    assert {e.name for e in experiments} == {"Default", "gfrnn"}
 
     state = run.state()
     assert state["lines_sent"] == 7
@@ -419,7 +409,9 @@ def test_what_a_dead_server_missed_is_sent_by_hand(run: Run, server: Server) -> 
 # ------------------------------------------------------------------------------------------------- a real training
 
 
-def test_a_dead_mlflow_server_costs_a_warning_and_the_next_start_sends_it_all(tmp_path: Path) -> None:
+def test_a_dead_mlflow_server_costs_a_warning_and_the_next_start_sends_it_all(
+    tmp_path: Path, mlflow_tables: Path
+) -> None:
     output_dir = tmp_path / "run"
     flags = [*(flag for flag in SMALL if flag != "--no-mlflow"), "--max-updates", "20", "--output-dir", output_dir]
     dead = warm_script("train", *flags, env=environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}"))
@@ -431,7 +423,7 @@ def test_a_dead_mlflow_server_costs_a_warning_and_the_next_start_sends_it_all(tm
     assert f"later: python -m gfrnn.training.tracking {output_dir}" in warnings[1]
     assert "Traceback" not in dead.stderr
 
-    store = f"sqlite:///{tmp_path}/mlflow.db"
+    store = f"sqlite:///{shutil.copy(mlflow_tables, tmp_path)}"
     again = warm_script("train", *flags, env=environment(MLFLOW_TRACKING_URI=store))
     assert again.returncode == 0, again.stderr
     assert "finished already" in again.stderr

@@ -27,6 +27,7 @@ from launch import (
     train,
     validations,
     wait_until_listening,
+    warm_ranks,
     warm_script,
 )
 
@@ -129,9 +130,9 @@ def test_kill_of_one_process_ends_the_other_and_resume_is_bit_identical(whole, t
         status, _, err = train(output_dir, FLAGS, processes=2, stage="z2", launcher=True)
     else:  # as SLURM starts them
         config = ["--deepspeed", ROOT / "ds_configs/z2.json"]
-        again = start_ranks([ROOT / "src/train.py", *config, "--output-dir", output_dir, *FLAGS], 2)
-        err = again[0].communicate(timeout=120)[1]
-        status = max(abs(rank.wait(60)) for rank in again)
+        again = warm_ranks([ROOT / "src/train.py", *config, "--output-dir", output_dir, *FLAGS], 2)
+        err = again[0].stderr
+        status = max(abs(rank.returncode) for rank in again)
     assert status == 0, err
     assert "resumed at update" in err
     assert losses(output_dir) == losses(whole)
@@ -308,7 +309,7 @@ def test_evaluate_and_sample_agree_with_the_run(whole):
     assert narrow.returncode == 0, narrow.stderr
     rounded = json.loads((whole / "b.json").read_text())["test_bpc"]
     assert 0 < abs(rounded - scores["test_bpc"]) < 0.002 * scores["test_bpc"]
-    first = script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
+    first = warm_script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
     again = warm_script("sample", whole, "--prompt", "The ", "--length", "30", "--seed", "5")
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("The ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import ROOT, SMALL, losses, metrics, script, start_ranks, summary, train, validations, warm_script
+from gfrnn.config import RunSettings, preset
+from gfrnn.runs import RunFolder
+from gfrnn.training.main import _finished
+from launch import ROOT, SMALL, losses, metrics, script, summary, train, validations, warm_ranks, warm_script
 
 
 def test_bf16_learns(tmp_path):
@@ -99,8 +103,8 @@ def test_profile(tmp_path):
     """A trace that Perfetto opens, of as many updates as were asked for, by each process."""
     flags = [*SMALL, "--max-updates", "9", "--profile", "2", "--accumulation", "2", "--recompute", "5"]
     config = ROOT / "ds_configs/z2.json"
-    ranks = start_ranks([ROOT / "src/train.py", *flags, "--deepspeed", config, "--output-dir", tmp_path / "run"], 2)
-    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    ranks = warm_ranks([ROOT / "src/train.py", *flags, "--deepspeed", config, "--output-dir", tmp_path / "run"], 2)
+    said = [rank.stderr for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert "2 updates traced into" in said[0]
     files = sorted((tmp_path / "run" / "profile").iterdir())
@@ -163,3 +167,46 @@ def test_early_stopping(tmp_path):
     assert summary(tmp_path / "run") == found
     assert found["step"] < 400
     assert found["step"] == max(validations(tmp_path / "run"))
+
+
+def test_patience_that_is_raised_goes_on(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_summary({"finished": True, "step": 40, "total_updates": 400, "without_best": 2})
+    for patience, max_updates, over in ((2, 0, True), (3, 0, False), (0, 0, False), (3, 40, True), (2, 50, True)):
+        settings = dataclasses.replace(
+            preset("demo"), run=RunSettings(patience=patience, max_updates=max_updates, max_epochs=9)
+        )
+        assert (_finished(run, settings) is not None) == over
+
+
+def test_another_validation_counts_the_best_anew(tmp_path):
+    flags = [*SMALL, "--schedule", "constant", "--valid-every", "10", "--average", "none"]
+    assert train(tmp_path / "run", [*flags, "--max-updates", "20"])[0] == 0
+    # as if what was validated before had been easy
+    trainer = tmp_path / "run/checkpoints/step-00000020/trainer.json"
+    values = json.loads(trainer.read_text())
+    values["position"]["best"]["bpc"] = 0.1
+    trainer.write_text(json.dumps(values))
+    status, _, err = train(tmp_path / "run", [*flags, "--max-updates", "30", "--valid-bytes", "1500"])
+    assert status == 0, err
+    assert "note: validation is of other bytes or streams than before: the best is counted anew" in err
+    assert summary(tmp_path / "run")["valid_bpc"] == validations(tmp_path / "run")[30]
+
+
+def test_what_a_run_started_from_may_go_away(tmp_path):
+    flags = [*SMALL, "--schedule", "constant", "--start-from", str(tmp_path / "first")]
+    assert train(tmp_path / "first", [*flags[:-2], "--max-updates", "5"])[0] == 0
+    status, _, err = train(tmp_path / "none", [*flags, "--max-updates", "5"])
+    assert (status, "first is at update 5, and this run is to end at 5" in err) == (2, True), err
+    assert train(tmp_path / "run", [*flags, "--max-updates", "8"])[0] == 0
+    shutil.rmtree(tmp_path / "first")
+    status, _, err = train(tmp_path / "run", [*flags, "--max-updates", "10"])
+    assert status == 0, err
+    assert sorted(losses(tmp_path / "run")) == list(range(6, 11))
+
+
+def test_rmsprop_with_and_without_momentum_start_from_one_another(tmp_path):
+    flags = [*SMALL, "--schedule", "constant", "--optimizer", "rmsprop", "--learning-rate", "1e-4"]
+    for name, more in (("without", ["--momentum", "0"]), ("with", ["--start-from", str(tmp_path / "without")])):
+        status, _, err = train(tmp_path / name, [*flags, *more, "--max-updates", "5" if name == "without" else "8"])
+        assert status == 0, err
