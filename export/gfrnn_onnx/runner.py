@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -77,6 +78,8 @@ class Step:
         shape = self.session.get_inputs()[1].shape
         self.shape: tuple[int, int] = (int(shape[1]), int(shape[2]))
         self.has_gates = GATES in self.outputs
+        self.graph_ids = itertools.count()
+        """Of CUDA graphs: each is of one shape, and of the addresses that it was captured with."""
 
     @property
     def state_outputs(self) -> list[str]:
@@ -170,16 +173,18 @@ class Rows:
         if step.metadata.unroll != 1:
             raise ModelError(f"{step.path} reads {step.metadata.unroll} symbols a run: export one without --unroll")
         self.step, self.capacity, self.on_cpu = step, capacity, step.provider == "cpu"
-        self.sizes = _sizes(step, capacity) if self.on_cpu else [capacity]
+        sizes = _sizes(step, capacity)
+        self.sizes = sizes if self.on_cpu else sizes[-1:]
         self.now = 0
         """Which of the two buffers has the present states."""
-        self.symbols = np.zeros(capacity, np.int64)
+        most = self.sizes[-1]
+        self.symbols = np.zeros(most, np.int64)
         """What each row reads in the next run."""
-        shape = (capacity, *step.shape)
+        shape = (most, *step.shape)
         self._states = [[np.zeros(shape, np.float32) for _ in step.state_outputs] for _ in range(2)]
         widths = {LOGITS: (_width(step),), GATES: (step.shape[0],) * 2}
         self._results = {
-            name: np.zeros((capacity, *widths[name]), np.float32) for name in (LOGITS, GATES) if name in step.outputs
+            name: np.zeros((most, *widths[name]), np.float32) for name in (LOGITS, GATES) if name in step.outputs
         }
         self._device_states = [[self._ort(part) for part in parts] for parts in self._states] if not self.on_cpu else []
         self._bindings: dict[tuple[int, int], tuple[ort.IOBinding, ort.RunOptions]] = {}
@@ -212,7 +217,7 @@ class Rows:
         if key not in self._bindings:
             step, binding, options = self.step, self.step.session.io_binding(), ort.RunOptions()
             if step.graphs:
-                options.add_run_config_entry("gpu_graph_id", str(self.now))
+                options.add_run_config_entry("gpu_graph_id", str(next(step.graph_ids)))
             for side, bind in ((self.now, binding.bind_ortvalue_input), (1 - self.now, binding.bind_ortvalue_output)):
                 of_states = step.inputs[1:] if side == self.now else step.state_outputs
                 for k, name in enumerate(of_states):
@@ -267,12 +272,12 @@ class Rows:
 def _sizes(step: Step, capacity: int) -> list[int]:
     """Rows of a run: powers of two, so that there are few shapes, and the capacity.
 
-    MatMulNBits computes an odd last row in another order than pairs of rows: there no run of one row, so that a row's
-    result is the same in any company.
+    MatMulNBits computes an odd last row in another order than pairs of rows: there all are even, so that a row's result
+    is the same in any company.
     """
     first = 2 if step.metadata.precision == "int4" else 1
-    sizes = [1 << k for k in range(capacity.bit_length()) if first <= 1 << k < capacity]
-    return [*sizes, capacity]
+    most = -(-capacity // first) * first
+    return [*(1 << k for k in range(most.bit_length()) if first <= 1 << k < most), most]
 
 
 def _width(step: Step) -> int:

@@ -5,6 +5,7 @@ Legend: B sequences, L layers, H units.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ class State:
     @classmethod
     def of(cls, *parts: Array) -> State:
         """From arrays [B, L, H] in the computer's memory: h, for the LSTM also c."""
-        return cls([OrtValue.ortvalue_from_numpy(np.ascontiguousarray(part, np.float32)) for part in parts])
+        copies = [np.array(part, np.float32, order="C") for part in parts]  # ONNX Runtime makes none on the CPU
+        return cls([OrtValue.ortvalue_from_numpy(part) for part in copies])
 
     @property
     def values(self) -> tuple[OrtValue, ...]:
@@ -57,15 +59,19 @@ class State:
         return State.of(*(np.concatenate(parts) for parts in zip(*(s.arrays() for s in states), strict=True)))
 
     def save(self, file: str | Path | BinaryIO) -> None:
-        """Writes an .npz file with h and c."""
+        """Writes an .npz file with h and c, under the name given."""
         named: dict[str, Any] = dict(zip("hc", self.arrays(), strict=False))
-        np.savez(file, **named)
+        with Path(file).open("wb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as opened:
+            np.savez(opened, **named)
 
     @staticmethod
     def load(file: str | Path | BinaryIO) -> State:
         """The reverse of save. Raises ModelError for another file."""
         try:
-            with np.load(file, allow_pickle=False) as found:
+            found = np.load(file, allow_pickle=False)
+            if not isinstance(found, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            with found:
                 parts = [found[name] for name in "hc" if name in found]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ModelError(f"{file} is not a saved state ({error})") from error

@@ -9,13 +9,13 @@ Source: Triton's model configuration (model_config.proto) and its issue 8586.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
 
 from gfrnn.config import UserError
+from gfrnn.runs import hidden_folder
 from gfrnn_onnx.names import LOGITS, TOKEN, WEIGHTS
 
 _MOST_ROWS = 64
@@ -30,13 +30,10 @@ def write_triton(model: Path, repository: Path) -> Path:
     model: a step.onnx of text. An earlier one of the same name is replaced as a whole. Raises UserError where something
     else is in the place.
     """
-    name = model.stem
-    target = repository.resolve() / name
-    if target.exists() and not (target / "config.pbtxt").is_file():
-        raise UserError(f"--triton {repository}: {target} is there and is no model of Triton's; give another folder")
+    target, name = check_target(model, repository), model.stem
     repository.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=repository, prefix=f".{name}.") as folder:
-        made = Path(folder) / "new"
+    with hidden_folder(target) as folder:
+        made = folder / "new"
         version = made / "1"
         version.mkdir(parents=True)
         shutil.copyfile(model, version / "model.onnx")
@@ -45,8 +42,16 @@ def write_triton(model: Path, repository: Path) -> Path:
             shutil.copyfile(beside, version / beside.name)
         (made / "config.pbtxt").write_text(_config(name, onnx.load(model, load_external_data=False)))
         if target.exists():
-            target.rename(Path(folder) / "old")
+            target.rename(folder / "old")
         made.rename(target)
+    return target
+
+
+def check_target(model: Path, repository: Path) -> Path:
+    """Where a model's folder will be. Raises UserError where something else is."""
+    target = repository.resolve() / model.stem
+    if target.exists() and not (target / "config.pbtxt").is_file():
+        raise UserError(f"--triton {repository}: {target} is there and is no model of Triton's; give another folder")
     return target
 
 

@@ -165,8 +165,8 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
-    @app.post("/v1/score")
-    async def score(request: Request, body: ScoreRequest) -> ScoreAnswer:
+    @app.post("/v1/score", response_model=ScoreAnswer)
+    async def score(request: Request, body: ScoreRequest) -> ScoreAnswer | Response:
         """Bits that the model needs for each byte of texts."""
         service.check()
         limits = service.limits
@@ -186,7 +186,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             answer = await _unless_gone(request, done())
         finally:
             service.engine.cancel(jobs)
-        return answer if answer is not None else ScoreAnswer(scores=[])
+        return answer if answer is not None else Response(status_code=GONE)
 
     @app.delete("/v1/states/{state}", status_code=204)
     async def forget(state: str) -> Response:

@@ -75,11 +75,11 @@ class States:
 def read_texts(prompt: Prompt, param: str, limits: Limits, *, choices: int | None = None) -> list[Given]:
     """A request's texts. Raises ApiError for what is none, for too many (times choices) and for too long ones."""
     found = texts(prompt, param)
-    if len(found) * (choices or 1) > limits.max_sequences:
+    if len(found) * (choices or 1) > limits.most_sequences:
         times = "" if choices is None else f" with n={choices}"
         raise ApiError(
             400,
-            f"{len(found)} texts{times} are more than {limits.max_sequences} sequences",
+            f"{len(found)} texts{times} are more than {limits.most_sequences} sequences",
             param=param if choices is None else "n",
         )
     longest = max(len(given.symbols) for given in found)
@@ -252,8 +252,7 @@ class Run:
         n = self.request.n or 1
         prompts = sum(len(job.prompt) for job in self.jobs[::n])
         written = sum(len(job.text) for job in self.jobs)
-        cached = sum(max(0, job.cached - 1) for job in self.jobs)
-        self.engine.metrics.cached_symbols.inc(cached)
+        cached = sum(max(0, job.cached - 1) for job in self.jobs[::n])
         return Usage(
             prompt_tokens=prompts,
             completion_tokens=written,
@@ -274,7 +273,7 @@ class Run:
         if begin == 0 and self.request.echo and job.start is None:  # nothing stands before an echoed text
             if marked:
                 names, said, top, places = [START_TEXT, *names], [None, *said], [None, *top], [0, *places]
-            elif job.prompt:
+            elif job.prompt and said:
                 said[0] = top[0] = None
         return Logprobs(
             tokens=names,
@@ -298,6 +297,9 @@ class _Shown:
         written = bytes(job.text)  # once: the stepping thread writes on, or takes a stop off again
         text = (job.prompt if request.echo else b"") + written
         ready = len(text) if done else len(text) - held_back(written, run.stops)
+        if job.prompt_tokens:  # an echoed prompt is shown as it is read
+            ready = min(ready, len(job.tokens))
+        ready = max(self.bytes, ready)  # of several stops one may reach further back than another
         part = text[self.bytes : ready]
         new = self.characters.add(part, final=done)
         self.bytes = ready

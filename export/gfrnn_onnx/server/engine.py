@@ -143,7 +143,9 @@ class Engine:
         """Queues jobs, all or none. Raises Busy if too many would wait. In the event loop of `start`."""
         with self._lock:
             if self._over:
-                _wake([self._ended(job, "failed") for job in jobs])
+                for job in jobs:
+                    job.finish_reason = "failed"
+                _wake(jobs)
                 return
             room = self.max_waiting + self.capacity - len(self.running) - self.waiting
             if len(jobs) > room:
@@ -167,6 +169,7 @@ class Engine:
     # -- the stepping thread
 
     def _work(self) -> None:
+        ended: list[Job] = []
         try:
             while True:
                 with self._lock:
@@ -186,7 +189,9 @@ class Engine:
             left = [*self.running, *self._queue]
             left += [follower for job in left for _, follower in job.followers]
             self.running, self._queue = [], deque()
-            self._tell([self._ended(job, "failed") for job in left if job.finish_reason is None])
+            for job in left:
+                job.finish_reason = job.finish_reason or "failed"
+            self._tell([*ended, *left])
 
     def _clear(self) -> list[Job]:
         """Takes out what was cancelled or is too late. Returns those jobs."""
@@ -194,7 +199,8 @@ class Engine:
 
         def out(job: Job) -> bool:
             if job in self._cancelled or now > job.deadline:
-                ended.append(self._ended(job, "cancelled" if job in self._cancelled else "timeout"))
+                job.finish_reason = "cancelled" if job in self._cancelled else "timeout"
+                ended.append(job)
                 return True
             return False
 
@@ -216,16 +222,18 @@ class Engine:
             if job.shares and job.position == 0:
                 job.cached, job.parts = self.prefixes.longest(job.symbols[:-1])
                 job.position = job.cached
-            if job.position >= job.to_read:  # nothing to write, and all that is to be read has been
+            all_read = job.position >= job.to_read
+            if not all_read and job.shares and job.position == job.cached and self._follow(job):
+                continue
+            self.metrics.cached_symbols.inc(max(0, job.cached - 1))
+            if all_read:  # and nothing is to be written
                 ended.append(self._finish(job, None, "length"))
                 continue
-            if job.shares and job.position == job.cached and self._follow(job):
-                continue
             row = len(self.running)
+            self.running.append(job)
             self.rows.put(row, job.parts)
             self.rows.symbols[row] = job.symbols[job.position]
             job.parts = None
-            self.running.append(job)
 
     def _follow(self, job: Job) -> bool:
         """Whether it is better to wait until a running job has read their common beginning."""
@@ -334,9 +342,6 @@ class Engine:
                 job.state = Snapshot(self.rows.get(row), read[job.position :])
         if reason == "stop":
             del job.text[len(job.text) - stop_length(job.text, job.stops) :]
-        return self._ended(job, reason)
-
-    def _ended(self, job: Job, reason: str) -> Job:
         job.finish_reason = reason
         return job
 
@@ -370,7 +375,7 @@ async def finished(jobs: Sequence[Job]) -> None:
         jobs[0].changed.clear()
 
 
-def _wake(jobs: list[Job]) -> None:
+def _wake(jobs: Sequence[Job]) -> None:
     for job in jobs:
         job.changed.set()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("gfrnn_onnx")
 
 GONE = 499
 """nginx's number for a client that went away before its answer: no one reads it."""
@@ -48,6 +51,8 @@ class Limits:
     """Of a request."""
     body_seconds: float = 30.0
     """In which a request's body must have come."""
+    send_seconds: float = 60.0
+    """In which a client must have taken what it was sent, or the rest is not kept for it."""
     request_seconds: float = 600.0
     """After which a request that is still worked on is given up."""
     cache_mb: int = 64
@@ -56,6 +61,11 @@ class Limits:
     """Kept for clients that go on later; the longest unused go first."""
     state_seconds: float = 3600.0
     """For which such a state is kept unused."""
+
+    @property
+    def most_sequences(self) -> int:
+        """Of one request: max_sequences, or as many as there is ever room for."""
+        return min(self.max_sequences, self.rows + self.max_waiting)
 
 
 class Gate:
@@ -69,26 +79,37 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, status = time.perf_counter(), 0
+        begin, status, deaf = time.perf_counter(), 0, False
 
         async def counting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, deaf
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+            try:
+                async with asyncio.timeout(self.limits.send_seconds):
+                    await send(message)
+            except TimeoutError:
+                deaf = True
+                raise
 
         try:
             self._check_head(scope)
             await self.app(scope, self._limited(receive), counting)
-        except ApiError as error:
+        except Exception as error:
+            if deaf:
+                log.warning("a client did not read its answer for %g s: closed", self.limits.send_seconds)
+                return
+            if not isinstance(error, ApiError):
+                raise
             if status:  # it has begun to answer
                 raise
             if error.status == 413:
                 await self._drain(receive)
             await error_response(error)(scope, receive, counting)
         finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.requests.labels(path, str(status or GONE)).inc()
+            route = scope.get("route")  # FastAPI's, once it has found one
+            path = getattr(route, "path", scope["path"])
+            self.metrics.requests.labels(path if path in self.paths else "other", str(status or GONE)).inc()
             self.metrics.request_seconds.observe(time.perf_counter() - begin)
 
     def _check_head(self, scope: MutableMapping[str, Any]) -> None:

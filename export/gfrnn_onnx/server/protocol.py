@@ -129,7 +129,7 @@ class CompletionRequest(_Request):
     state: StrictStr | None = None
     """Go on from a state that an earlier answer named: the prompt is what follows. Not OpenAI's."""
     return_state: StrictBool | None = None
-    """Keep the state after the text, and name it in the answer. Not OpenAI's."""
+    """Keep the state after the text (and after the stop that ended it), and name it in the answer. Not OpenAI's."""
     gates: StrictBool | None = None
     """With each token the global gates [layers, layers] of its step. Not OpenAI's."""
 

@@ -47,8 +47,12 @@ def offsets(symbols: Iterable[int]) -> list[int]:
 
 def held_back(text: bytes | bytearray, stops: Sequence[bytes]) -> int:
     """How many of the last bytes may be the beginning of a stop, or all of one, and must not be shown yet."""
-    longest = max(map(len, stops), default=0)
-    for count in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(bytes(text[-count:])) for stop in stops):
-            return count
-    return 0
+    longest = 0
+    for stop in stops:
+        tail = bytes(text[-len(stop) :])
+        begin = tail.find(stop[:1])
+        while begin >= 0 and not stop.startswith(tail[begin:]):
+            begin = tail.find(stop[:1], begin + 1)
+        if begin >= 0:
+            longest = max(longest, len(tail) - begin)
+    return longest
