@@ -280,7 +280,7 @@ class Supervisor:
             return
         beats = [(path.stat().st_mtime, path) for path in (self.control.parent / str(before)).glob("rank-*.json")]
         who = ""
-        if beats:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it may have been cut off with its node
             last = json.loads(min(beats)[1].read_text())
             who = f"; rank {last['rank']} on {last['node']} fell silent first, at update {last['step']}"
         verdict = Verdict("failed", f"SLURM ended restart {before} by itself: a node was lost{who}", FAILED)

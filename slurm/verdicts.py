@@ -201,6 +201,8 @@ def judge(ranks: Ranks, status: int, *, finished: bool, trouble: Verdict | None,
         return Verdict("stopped", "with a checkpoint", STOPPED)
     if own is None and trouble is not None:
         return trouble
+    if not ranks.records:  # nothing says that it was a node's fault
+        return Verdict("failed", f"no rank has started (srun's status {status})", FAILED)
     gone = own or ranks.first_gone()
     if stopping and gone is not None:
         return Verdict("stopped", f"did not end by itself; {gone.why}", STOPPED)

@@ -99,7 +99,7 @@ class RunCommand:
         study.begin([] if known else expand(self.grid, self.how), self.how)
         numbers = list(self.only) or list(range(1, len(study.points) + 1))
         points = [study.point(number) for number in numbers]
-        if self.again:
+        if self.again and not self.dry_run:
             for point in points:
                 result = study.result(point)
                 if result is not None and result.measurement.failed:
@@ -184,7 +184,7 @@ class ReportCommand:
 
     def __call__(self) -> None:
         from gfrnn.scaling.clusters import load_cluster
-        from gfrnn.scaling.page import write
+        from gfrnn.scaling.page import write, written
         from gfrnn.scaling.report import make
         from gfrnn.scaling.store import log_report, read
         from gfrnn.scaling.trainings import find_target
@@ -210,7 +210,7 @@ class ReportCommand:
         for line in made.conclusions:
             print(f"- {line}")
         print(f"page: {page}")
-        failing = log_report(uris[0], self.experiment, self.output)
+        failing = log_report(uris[0], self.experiment, written(made, self.output))
         if failing:
             cli.say(f"note: the report is not in MLflow: {failing}")
 

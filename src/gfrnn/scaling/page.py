@@ -7,12 +7,15 @@ import csv
 import io
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+PAGE = "index.html"
 
 
 @dataclass
@@ -45,6 +48,11 @@ def write(report: Report, folder: Path) -> Path:
     import jinja2
 
     folder.mkdir(parents=True, exist_ok=True)
+    titles: Counter[str] = Counter()
+    for section in report.sections:  # of two machines without a name, say
+        titles[section.title] += 1
+        if titles[section.title] > 1:
+            section.title += f" ({titles[section.title]})"
     pictures: dict[str, str] = {}
     for section in report.sections:
         if section.figure is not None:
@@ -60,6 +68,12 @@ def write(report: Report, folder: Path) -> Path:
     page = environment.get_template("report.html").render(
         report=report, pictures=pictures, date=time.strftime("%Y-%m-%d")
     )
-    path = folder / "index.html"
+    path = folder / PAGE
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def written(report: Report, folder: Path) -> list[Path]:
+    """The files that `write` has made of it: the folder may hold others."""
+    names = [PAGE, *(f"{section.slug}{ending}" for section in report.sections for ending in (".png", ".csv"))]
+    return [folder / name for name in names if (folder / name).exists()]

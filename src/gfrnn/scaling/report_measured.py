@@ -32,20 +32,23 @@ def scaling(report: Report, ran: Sequence[Measurement]) -> None:
                 speed, shape = f"{each.characters_per_second:,.0f}", str(on.world_size)
                 section.rows.append([curve.name, shape, speed, f"{on.efficiency:.0%}", f"{spread:.1%}"])
         for machine in dict.fromkeys(curve.points[-1].measurement.machine for curve in found):
-            ends = [curve.points[-1] for curve in found if curve.points[-1].measurement.machine == machine]
-            report.conclusions.append(_reached(title, kind, machine, ends))
+            own = [curve for curve in found if curve.points[-1].measurement.machine == machine]
+            report.conclusions.append(_reached(title, kind, machine, own))
         report.sections.append(section)
 
 
-def _reached(title: str, kind: str, machine: Machine, ends: Sequence[On]) -> str:
-    most = max(on.world_size for on in ends)
-    ends = sorted((on for on in ends if on.world_size == most), key=lambda on: on.efficiency)
+def _reached(title: str, kind: str, machine: Machine, found: Sequence[Curve]) -> str:
+    """How far the longest curves come, of those the ones that begin with the fewest processes."""
+    most = max(curve.points[-1].world_size for curve in found)
+    least = min(curve.points[0].world_size for curve in found if curve.points[-1].world_size == most)
+    longest = [curve for curve in found if (curve.points[0].world_size, curve.points[-1].world_size) == (least, most)]
+    ends = sorted((curve.points[-1] for curve in longest), key=lambda on: on.efficiency)
     where = f" on {machine.network}" if machine.network else ""
     same = "the rows fixed" if kind == "strong" else "the rows of each fixed"
     low, high = ends[0], ends[-1]
     return (
         f"{title}{where}, {same}: {most} processes reach {low.efficiency:.0%} ({_point(low)}) to {high.efficiency:.0%} "
-        f"({_point(high)}) of {most} times one."
+        f"({_point(high)}) of {most / least:g} times {'one' if least == 1 else f'what {least} do'}."
     )
 
 

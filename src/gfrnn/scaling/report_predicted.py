@@ -110,7 +110,9 @@ def outlook(
     for machine, (model, _, _) in measured.items():
         if model.network is not None:
             name = f"this network ({machine.network})" if machine.network else "machines such as these"
-            places.append((name, model, 1 if any(each.point.nodes > 1 for each in ran) else 8, None))
+            own = [each.point for each in ran if each.machine == machine and each.point.nodes > 1]
+            per_node = max((point.world_size // point.nodes for point in own), default=8)
+            places.append((name, model, per_node, None))
     gpus = next((model for machine, (model, _, _) in measured.items() if machine.device != "cpu"), None)
     for cluster in clusters:
         places.append(

@@ -115,15 +115,16 @@ def runs_of(uri: str, experiment: str) -> tuple[MlflowClient, list[Any]]:
     return client, runs
 
 
-def log_report(uri: str, experiment: str, folder: Path) -> str:
+def log_report(uri: str, experiment: str, files: Sequence[Path]) -> str:
     """Keeps a report's files in a run of its own; returns "" or what failed, in words."""
     from gfrnn.training.tracking import quieten, reason
 
     quieten()
     try:
-        client, experiment_id = connect(uri, folder, experiment)
+        client, experiment_id = connect(uri, files[0].parent, experiment)
         run_id = client.create_run(experiment_id, tags={_REPORT: "yes"}, run_name="report").info.run_id
-        client.log_artifacts(run_id, str(folder))
+        for file in files:
+            client.log_artifact(run_id, str(file))
         client.set_terminated(run_id, "FINISHED")
     except Exception as error:  # every kind of store raises errors of its own
         return reason(error)

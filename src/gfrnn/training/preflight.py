@@ -244,7 +244,10 @@ def _gpus(wanted: int, problems: list[Problem]) -> tuple[list[str], str | None]:
             problems.append(Problem(here, f"GPU {index} does not work ({reason})", "have it drained", True))
     if len(names) < wanted and not problems:
         what = f"processes are to have {wanted} GPUs, one each, and {len(names)} can be seen"
-        problems.append(Problem(here, what, "have its driver looked at (nvidia-smi), or ask for --gpus-per-node", True))
+        lent = os.environ.get("SLURM_GPUS_ON_NODE", "")
+        lost = lent.isdecimal() and len(names) < min(wanted, int(lent))  # else too few were asked for
+        mend = "have its driver looked at (nvidia-smi)" if lost else f"ask for them, --gpus-per-node={wanted}"
+        problems.append(Problem(here, what, mend, lost))
     return names, driver
 
 
