@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gfrnn import cli
-from gfrnn.config import Settings, UserError, matched_stack, preset, validate
+from gfrnn.config import BatchSettings, Settings, UserError, matched_stack, preset, validate
 from gfrnn.data import load_text
 from gfrnn.runs import RunFolder, replace_file, versions, write_json
 from gfrnn.training.evaluate import EvaluateSettings, evaluate
@@ -44,14 +44,22 @@ RESULTS = ROOT / "benchmarks/results/ablations.json"
 OWN = ("--preset", "--seed", "--output-dir", "--max-updates", "--patience")
 SCORES = ("valid", "test", "valid_dynamic", "test_dynamic")
 
+
+def half_segments(batch: BatchSettings) -> list[str]:
+    """With twice the rows: as many characters an update, and of a row from one reset of the state to the next."""
+    flags = ["--steps", str(batch.steps // 2), "--rows", str(2 * batch.rows)]
+    if batch.reset_every:
+        flags += ["--reset-every", str(2 * batch.reset_every)]
+    return [*flags, "--reset-probability", repr(batch.reset_probability / 2)]
+
+
 ABLATIONS: dict[str, Callable[[Settings], list[str]]] = {
     WHOLE: lambda s: [],
     "no layer norm": lambda s: ["--no-layer-norm"],
     "no locked dropout": lambda s: ["--dropout", "0", "--input-dropout", "0", "--output-dropout", "0"],
     "no weight dropout": lambda s: ["--weight-dropout", "0"],
     "no averaging": lambda s: ["--average", "none"],
-    # twice the rows: as many characters an update
-    "half segments": lambda s: ["--steps", str(s.batch.steps // 2), "--rows", str(2 * s.batch.rows)],
+    "half segments": lambda s: half_segments(s.batch),
     "no input-gate cap": lambda s: ["--no-cap-input-gate"],
     "one-hot input": lambda s: ["--embedding-size", "0"],
     "every gate 1": lambda s: ["--feedback", "full"],

@@ -15,14 +15,18 @@ kill at any instant leaves a usable one.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -481,6 +485,27 @@ def replace_file(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not say which file
     beside.rename(path)
     _sync(path.parent)
+
+
+@contextlib.contextmanager
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to make it in before it is put in place; removed at the end.
+
+    Those for the same path that killed programs have left are removed first: what is under way is locked.
+    """
+    from filelock import FileLock, Timeout
+
+    beginning = f".{path.name}.making-"
+    for left in path.parent.glob(f"{glob.escape(beginning)}*"):
+        with contextlib.suppress(Timeout), FileLock(left / "lock").acquire(timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
+    try:
+        with FileLock(made / "lock"):  # by another name until then, or it would be taken for left
+            made = made.rename(path.parent / (beginning + made.name.rpartition("-")[2]))
+            yield made
+    finally:
+        shutil.rmtree(made)
 
 
 def _save_trainer(folder: Path, checkpoint: Checkpoint) -> None:

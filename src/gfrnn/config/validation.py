@@ -179,6 +179,18 @@ def without_effect(settings: Settings) -> list[str]:
     for name, kind in _OF_COMPRESSION.items():
         if c.compression != kind and getattr(c, name) != getattr(CommunicationSettings, name):
             found.append(f"--{name.replace('_', '-')} has no effect on --compression {c.compression}")
+    o, usual = settings.optimization, preset(settings.preset).optimization
+    for names, use, why in (
+        (("average_decay",), o.average == "ema", f"with --average {o.average}"),
+        (("average_from",), o.average != "none", "without --average"),
+        (("final_learning_rate",), o.schedule != "constant", "with --schedule constant"),
+        (("rms_decay", "momentum"), o.optimizer == "rmsprop", f"with --optimizer {o.optimizer}"),
+        (("beta1", "beta2"), o.optimizer != "rmsprop", "with --optimizer rmsprop"),
+    ):
+        given = [name for name in names if getattr(o, name) != getattr(usual, name)]
+        found += [f"--{name.replace('_', '-')} has no effect {why}" for name in given if not use]
+    if settings.run.patience and not settings.run.valid_every:
+        found.append("--patience has no effect with --valid-every 0: it counts validations")
     levels = p.level_programs != ProgramSettings.level_programs
     if settings.task == "programs" and levels and p.curriculum not in LADDERS:
         found.append(f"--level-programs has no effect on --curriculum {p.curriculum}, which has no levels")

@@ -88,7 +88,7 @@ class _Memory:
     ) -> _Graph | None:
         """For so many steps of such input; None the first time: it may be the last."""
         symbols = x.columns.shape[1] if x.symbols_TB is not None else None
-        key = (len(steps), h_LHB.shape, symbols, x.scale_TB is None, mask_LHB is None, lengths_B is None)
+        key = (len(steps), h_LHB.shape, symbols, x.scale_TB is None, mask_LHB is None, lengths_B is None, *_products())
         seen = key in self.graphs
         graph = self.graphs.pop(key, None)
         if seen and graph is None:
@@ -97,6 +97,12 @@ class _Memory:
         while sum(kept is not None for kept in self.graphs.values()) > _MOST:
             del self.graphs[next(key for key, kept in self.graphs.items() if kept is not None)]
         return graph
+
+
+def _products() -> tuple[Any, ...]:
+    """What a product's operands are rounded to, by what the user has set: a graph keeps to it."""
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return autocast, torch.get_float32_matmul_precision()
 
 
 class CapturedSteps:
@@ -227,7 +233,8 @@ class _Graph:
 def capture(function: Callable[[], Found], device: torch.device) -> tuple[Found, Callable[[], None]]:
     """What `function` returns, and a call that computes it again, in the same memory from the same memory."""
     with _CAPTURING, torch.cuda.device(device):  # a process may do it once at a time
-        here, aside = torch.cuda.current_stream(), _aside(device)
+        here = torch.cuda.current_stream()
+        aside = _aside(device, here.cuda_stream)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             function()  # what is compiled and loaded at its first use cannot be captured
@@ -239,6 +246,6 @@ def capture(function: Callable[[], Found], device: torch.device) -> tuple[Found,
 
 
 @functools.cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs of a device are captured."""
+def _aside(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """Where graphs that run on a stream are captured: they keep the memory that cuBLAS works in on this one."""
     return torch.cuda.Stream(device)

@@ -11,8 +11,11 @@ matrix, R columns of any; Y rows of the output, H or L * H. t is a step within t
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +34,21 @@ _SUM_BLOCK, _SUM_WARPS = 1024, 4  # sums over columns, a program a row
 
 def usable(plan: Plan, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the kernels compute this plan, with parameters of this type, here."""
-    here = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return here and not plan.layer_norm and dtype == torch.float32 and importlib.util.find_spec("triton") is not None
+    if plan.layer_norm or dtype != torch.float32 or importlib.util.find_spec("triton") is None:
+        return False
+    return os.environ.get("TRITON_INTERPRET") == "1" or (device.type == "cuda" and _triton_starts())
+
+
+@functools.cache
+def _triton_starts() -> bool:
+    """Whether Triton can run here; said once if not. It builds a module at its first use: with a C compiler."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as error:  # of whatever kind its driver's parts raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"Triton cannot start here ({reason}): torch's operators run instead, slower", stacklevel=2)
+        return False
+    return True
 
 
 class Rows(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gfrnn.config import RunFailed, Settings, UserError
+from gfrnn.config import OptimizerSettings, RunFailed, Settings, UserError
 from gfrnn.runs import Checkpoint, RunFolder, TensorsByName
 from gfrnn.training.compression import Exchange, TensorsByKey
 from gfrnn.training.shards import Average, Shards
@@ -136,13 +136,19 @@ def restore(
     """
     position = _position_of(saved)
     shards.load_weights(_engine_names(saved.weights))
-    if saved.trainer["settings"]["optimization"]["optimizer"] == settings.optimization.optimizer:
+    if _has_state_of(saved.trainer["settings"]["optimization"], settings.optimization):
         moments = {key: _engine_names(full) for key, full in saved.optimizer.items()}
         shards.load_optimizer_state(moments, position.optimizer_step)
     if average is not None and saved.averages is not None:
         average.load(_engine_names(saved.averages), position.average_count)
     exchange.load(_unflat(saved.state))
     return position
+
+
+def _has_state_of(then: dict[str, Any], now: OptimizerSettings) -> bool:
+    """Whether the optimizer of a checkpoint's settings keeps what this one does. RMSProp may do without momentum."""
+    kept = then["optimizer"], then["optimizer"] == "rmsprop" and then["momentum"] > 0
+    return kept == (now.optimizer, now.optimizer == "rmsprop" and now.momentum > 0)
 
 
 def _position_of(saved: Checkpoint) -> Position:

@@ -208,8 +208,8 @@ def score_dynamic(
             gradients = torch.autograd.grad(total / inside_TB.sum().clamp(min=1), list(parameters.values()))
             with torch.no_grad():
                 for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
-                    p.addcmul_(gradient, inverse_rms[name], value=-learning_rate)
                     p.lerp_(anchors[name], pull[name])
+                    p.addcmul_(gradient, inverse_rms[name], value=-learning_rate)
         if progress is not None:
             progress((stop + pieces.warmup) / (pieces.length + pieces.warmup))
     return Score(bits, pieces.size, pieces.streams, pieces.warmup)

@@ -16,7 +16,7 @@ import torch._dynamo  # torch.optim imports it at its first use: here, so that i
 import torch.distributed as dist
 
 from gfrnn import cli
-from gfrnn.config import RunFailed, Settings, Stopped
+from gfrnn.config import RunFailed, Settings, Stopped, UserError
 from gfrnn.data import Corpus
 from gfrnn.nn import Noise, build_model, cpu_kernels
 from gfrnn.runs import RunFolder, find_checkpoint, load_checkpoint, load_weights
@@ -41,6 +41,8 @@ from gfrnn.training.progress import TrainingProgress
 from gfrnn.training.schedule import ExplosionGuard, learning_rate
 from gfrnn.training.stopping import StopFlag
 from gfrnn.training.task import make_task
+
+_NO_BEST: dict[str, Any] = {"best": {}, "best_step": 0, "without_best": 0}  # of a Position
 
 
 class Done(NamedTuple):
@@ -112,8 +114,11 @@ class Trainer:
         self.position = Position()
         if saved is not None:
             self.position = restore(saved, settings, self.shards, self.average, self.exchange)
-            if own is None:  # another run's checkpoint: its best is not this one's
-                self.position = dataclasses.replace(self.position, best={}, best_step=0, without_best=0)
+            if own is None:  # another run's checkpoint
+                self._begin_anew()
+            elif self.position.best and _validates_otherwise(saved.trainer["settings"]["run"], settings):
+                cli.say("note: validation is of other bytes or streams than before: the best is counted anew")
+                self.position = dataclasses.replace(self.position, **_NO_BEST)
             self.task.load(saved)
         self.saved_step = self.position.step if saved is not None else -1
         self.last_save = time.monotonic()
@@ -122,6 +127,15 @@ class Trainer:
         self.noise = NoiseScale(measured, self.position.noise_spread, self.position.noise_signal)
         self.parts = PartNorms(self.shards.parameters.values()) if measured else None
         self.last_norms: list[float] = []
+
+    def _begin_anew(self) -> None:
+        """Another run's best, and what its rate was halved to, are not this one's. Raises UserError at its end."""
+        if self.position.step >= self.total:
+            raise UserError(
+                f"--start-from {self.settings.start_from} is at update {self.position.step}, and this run is to end at "
+                f"{self.total}: give a larger --max-updates"
+            )
+        self.position = dataclasses.replace(self.position, **_NO_BEST, rate_scale=1.0)
 
     # ---------------------------------------------------------------------------------------------- the loop
 
@@ -132,13 +146,15 @@ class Trainer:
         """
         run = self.settings.run
         self.peak = self._peak_flops()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # that product's operands are large
         self.progress = TrainingProgress(self.total, self.position.step, enabled=self.rank == 0)
         self.clock = time.monotonic()
         self._announce()
         trace = self.run.path / "profile" / f"from-{self.position.step:08d}-rank-{self.rank}.json.gz"
         profiler = UpdateProfiler(run.profile, trace, self.progress.say)
         with self.progress, contextlib.closing(profiler):
-            while self.position.step < self.total:
+            while self.position.step < self.total and not self._gives_up():
                 done = self.update()
                 profiler.step()
                 step = self.position.step
@@ -152,13 +168,16 @@ class Trainer:
                 if done.stop:
                     self._summarize("stopped")
                     raise Stopped(f"{done.stop} at update {step} of {self.total}; the same command goes on")
-                if run.patience and self.position.without_best >= run.patience:
+                if self._gives_up():
                     self.progress.say(f"no new best in {run.patience} validations: ending at update {step}")
-                    break
             self._save()
             if self.run.named_checkpoint("best") is None:  # nothing was left to do, and nothing had been validated
                 self._validate()
         return self._finish()
+
+    def _gives_up(self) -> bool:
+        """Whether patience is at its end."""
+        return 0 < self.settings.run.patience <= self.position.without_best
 
     def update(self) -> Done:
         """One update over the global batch."""
@@ -391,6 +410,7 @@ class Trainer:
             "status": status,
             "parameters": self.parameters,
             "step": position.step,
+            "total_updates": self.total,
             "epoch": self._epoch,
             "characters": position.characters,
             "valid_bpc": None,
@@ -418,3 +438,9 @@ def describe(figures: dict[str, float]) -> str:
     """Means in words: bits a character, characters right, whole targets right."""
     words = {"bpc": "{:.4f} BPC", "accuracy": "{:.1%} right", "exact": "{:.1%} exact"}
     return "  ".join(words[name].format(value) for name, value in figures.items())
+
+
+def _validates_otherwise(then: dict[str, Any], settings: Settings) -> bool:
+    """Whether a text's validation has figures that cannot be compared with those of a start with settings `then`."""
+    names = ("valid_bytes", "eval_streams", "eval_warmup")
+    return settings.task == "text" and any(then[name] != getattr(settings.run, name) for name in names)

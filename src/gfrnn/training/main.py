@@ -65,7 +65,7 @@ def _main(heart: Heartbeat) -> None:
     run = RunFolder(settings.output_dir)
     if not settings.prepare:
         run.check(settings)
-    if settings.start_from is not None:
+    if settings.start_from is not None and run.named_checkpoint("latest") is None:  # else it goes on from its own
         other = checkpoint_origin(find_checkpoint(settings.start_from))[0].task
         if other != settings.task:
             raise UserError(f"--start-from {settings.start_from} is a model of {other}, not of {settings.task}")
@@ -158,7 +158,7 @@ def _finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:
     if summary is None:
         return None
     gave_up = 0 < settings.run.patience <= summary["without_best"]
-    more = settings.run.max_updates > summary["step"] and not gave_up
+    more = (settings.run.max_updates or summary.get("total_updates", 0)) > summary["step"] and not gave_up
     return summary if summary["finished"] and not more else None
 
 

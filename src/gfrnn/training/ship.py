@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,6 +115,7 @@ def ship(settings: ShipSettings, trained: Settings, summary: dict[str, Any], tar
         checkpoint_step,
         find_checkpoint,
         git_commit,
+        hidden_folder,
         load_checkpoint,
         save_tensors,
         versions,
@@ -155,8 +155,8 @@ def ship(settings: ShipSettings, trained: Settings, summary: dict[str, Any], tar
         "git_commit": git_commit(),
         "versions": versions(),
     }
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as private:
-        folder = Path(private) / target.name  # inside: the private one is nobody else's to read
+    with hidden_folder(target) as private:
+        folder = private / target.name  # inside: the private one is nobody else's to read
         folder.mkdir()
         saved = load_checkpoint(checkpoint)
         moments = saved.optimizer.get("exp_avg_sq", saved.optimizer.get("square_avg"))
@@ -178,7 +178,7 @@ def ship(settings: ShipSettings, trained: Settings, summary: dict[str, Any], tar
         config["measured"] = {"streams": settings.streams, "warmup": settings.warmup}
         write_json(folder / CONFIG, config)
         if settings.onnx:
-            text = Path(private) / "text"
+            text = private / "text"
             text.write_bytes(corpus.valid[:_STEP_TEXT].tobytes())
             config["onnx"] = _write_step(folder, text)
             write_json(folder / CONFIG, config)
