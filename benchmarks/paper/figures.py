@@ -43,8 +43,10 @@ def draw(lines: Sequence[Line], what: str, path: Path, title: str) -> None:
                     axis.plot(places, [point.bpc for point in row.curve], color=colour, linewidth=0.6, alpha=0.6)
             axis.plot(*zip(*mean, strict=True), color=colour, linewidth=1.8, label=name)
         best, worst = min(map(min, bpcs)), max(map(max, bpcs))
-        margin = 0.03 * min(_SHOWN, max(worst - best, 0.01))
-        axis.set_ylim(best - margin, min(best + _SHOWN, worst) + margin)
+        last = max(map(min, bpcs))
+        top = min(best + _SHOWN, worst) if last < best + 0.8 * _SHOWN else worst  # no curve is left out as a whole
+        margin = 0.03 * max(top - best, 0.01)
+        axis.set_ylim(best - margin, top + margin)
         axis.set_xlim(left=0)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set(xlabel=_LABELS[what], ylabel="validation BPC", title=f"{UNITS[line.unit]} ({line.choice})")
