@@ -30,7 +30,7 @@ def test_limits_have_clear_answers(model: Path) -> None:
         for body, status, message in (
             ({"prompt": "x" * 51}, 400, "a prompt of 51 bytes is longer than 50"),
             ({"prompt": "x", "max_tokens": 2001}, 400, "max_tokens is 2001; at most 2000"),
-            ({"prompt": ["x"] * 5}, 400, "5 texts are more than 2 sequences"),  # for more there is never room
+            ({"prompt": ["x"] * 5}, 400, "5 texts with n=1 are more than 2 sequences"),  # for more there is never room
             ({"prompt": "x" * 6000}, 413, "larger than 5000 bytes"),
         ):
             found, error = small.post("/v1/completions", body)
@@ -116,17 +116,6 @@ def test_who_never_reads_holds_up_no_end(tmp_path: Path) -> None:
         time.sleep(1)
         stopping.process.send_signal(signal.SIGTERM)
         assert stopping.process.wait(10) == 0
-        deaf.close()
-
-
-def test_who_does_not_read_is_given_up(tmp_path: Path) -> None:
-    big = save_step(language_model(), tmp_path / "m.onnx")
-    with serving(big, "--send-seconds", "1", "--max-tokens", "1000000") as patient:
-        deaf = patient.open({"prompt": "x", "max_tokens": 600_000, "logprobs": 0, "stream": True})
-        assert patient.process.stderr is not None
-        assert patient.process.stderr.readline() == "a client did not read its answer for 1 s: closed\n"
-        patient.wait_until_idle(5)  # nor is it worked for any longer
-        assert patient.complete(prompt="x", max_tokens=1)["usage"]["completion_tokens"] == 1
         deaf.close()
 
 

@@ -171,7 +171,8 @@ def test_early_stopping(tmp_path):
 
 def test_patience_that_is_raised_goes_on(tmp_path):
     run = RunFolder(tmp_path)
-    run.write_summary({"finished": True, "step": 40, "total_updates": 400, "without_best": 2})
+    ended = {"finished": True, "step": 40, "total_updates": 400, "without_best": 2}
+    run.write_summary({**ended, "test_bpc": 3.0, "valid_bpc": 3.0, "best_step": 20, "sample": ""})
     for patience, max_updates, over in ((2, 0, True), (3, 0, False), (0, 0, False), (3, 40, True), (2, 50, True)):
         settings = dataclasses.replace(
             preset("demo"), run=RunSettings(patience=patience, max_updates=max_updates, max_epochs=9)

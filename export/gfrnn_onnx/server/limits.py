@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
-log = logging.getLogger("gfrnn_onnx")
 
 GONE = 499
 """nginx's number for a client that went away before its answer: no one reads it."""
@@ -51,8 +48,6 @@ class Limits:
     """Of a request."""
     body_seconds: float = 30.0
     """In which a request's body must have come."""
-    send_seconds: float = 60.0
-    """In which a client must have taken what it was sent, or the rest is not kept for it."""
     request_seconds: float = 600.0
     """After which a request that is still worked on is given up."""
     cache_mb: int = 64
@@ -79,28 +74,18 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, status, deaf = time.perf_counter(), 0, False
+        begin, status = time.perf_counter(), 0
 
         async def counting(message: Message) -> None:
-            nonlocal status, deaf
+            nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            try:
-                async with asyncio.timeout(self.limits.send_seconds):
-                    await send(message)
-            except TimeoutError:
-                deaf = True
-                raise
+            await send(message)
 
         try:
             self._check_head(scope)
             await self.app(scope, self._limited(receive), counting)
-        except Exception as error:
-            if deaf:
-                log.warning("a client did not read its answer for %g s: closed", self.limits.send_seconds)
-                return
-            if not isinstance(error, ApiError):
-                raise
+        except ApiError as error:
             if status:  # it has begun to answer
                 raise
             if error.status == 413:

@@ -136,7 +136,6 @@ def _validate(settings: ServeSettings) -> Path:
         ("max_values", 2, 1 << 31),
         ("max_body_bytes", 1, 1 << 31),
         ("body_seconds", 0.001, 86400),
-        ("send_seconds", 0.001, 86400),
         ("request_seconds", 0.001, 864000),
         ("cache_mb", 0, 1 << 20),
         ("states", 1, 10**7),
