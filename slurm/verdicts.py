@@ -202,7 +202,8 @@ def judge(ranks: Ranks, status: int, *, finished: bool, trouble: Verdict | None,
     if own is None and trouble is not None:
         return trouble
     if not ranks.records:  # nothing says that it was a node's fault
-        return Verdict("failed", f"no rank has started (srun's status {status})", FAILED)
+        what = f"no rank has started (srun's status {status})"
+        return Verdict("stopped", what, STOPPED) if stopping else Verdict("failed", what, FAILED)
     gone = own or ranks.first_gone()
     if stopping and gone is not None:
         return Verdict("stopped", f"did not end by itself; {gone.why}", STOPPED)

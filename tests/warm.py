@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _parent: subprocess.Popen[str] | None = None
-_SECONDS_AFTER_A_FAILURE = 30
+_SECONDS_AFTER_A_FAILURE, _MOST_SECONDS = 30, 500
 
 
 def run(
@@ -38,7 +38,7 @@ def run_together(
 ) -> list[subprocess.CompletedProcess[str]]:
     """The same command as several processes at a time, to their ends, each with an environment of its own.
 
-    Those that are there half a minute after one has failed are killed.
+    Those that are there half a minute after one has failed, or after 500 seconds, are killed.
     """
     global _parent
     if _parent is None:
@@ -87,9 +87,11 @@ def _wait(children: Sequence[int]) -> list[int]:
 
     def kill_the_rest(*_: object) -> None:
         for child in set(children) - set(statuses):
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended at this moment
+                os.kill(child, signal.SIGKILL)
 
     before = signal.signal(signal.SIGALRM, kill_the_rest)
+    signal.alarm(_MOST_SECONDS)
     while len(statuses) < len(children):
         child, status = os.wait()
         statuses[child] = os.waitstatus_to_exitcode(status)

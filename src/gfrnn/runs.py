@@ -493,11 +493,11 @@ def hidden_folder(path: Path) -> Iterator[Path]:
 
     Those for the same path that killed programs have left are removed first: what is under way is locked.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     beginning = f".{path.name}.making-"
     for left in path.parent.glob(f"{glob.escape(beginning)}*"):
-        with contextlib.suppress(Timeout), FileLock(left / "lock").acquire(timeout=0):
+        with contextlib.suppress(OSError), FileLock(left / "lock").acquire(timeout=0):  # in use, or another user's
             shutil.rmtree(left, ignore_errors=True)
     made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
     try:
@@ -505,7 +505,7 @@ def hidden_folder(path: Path) -> Iterator[Path]:
             made = made.rename(path.parent / (beginning + made.name.rpartition("-")[2]))
             yield made
     finally:
-        shutil.rmtree(made)
+        shutil.rmtree(made, ignore_errors=True)  # unlocked, another program may be about it too
 
 
 def _save_trainer(folder: Path, checkpoint: Checkpoint) -> None:

@@ -192,6 +192,10 @@ def test_another_validation_counts_the_best_anew(tmp_path):
     assert status == 0, err
     assert "note: validation is of other bytes or streams than before: the best is counted anew" in err
     assert summary(tmp_path / "run")["valid_bpc"] == validations(tmp_path / "run")[30]
+    (tmp_path / "run/summary.json").unlink()  # as if it had been killed while it was tested
+    status, _, err = train(tmp_path / "run", [*flags, "--max-updates", "30", "--valid-bytes", "1800"])
+    assert status == 0, err
+    assert summary(tmp_path / "run")["best_step"] == 30
 
 
 def test_what_a_run_started_from_may_go_away(tmp_path):

@@ -102,7 +102,7 @@ class _Memory:
 def _products() -> tuple[Any, ...]:
     """What a product's operands are rounded to, by what the user has set: a graph keeps to it."""
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return autocast, torch.get_float32_matmul_precision()
+    return autocast, torch.backends.cuda.matmul.fp32_precision
 
 
 class CapturedSteps:

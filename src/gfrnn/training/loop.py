@@ -171,7 +171,7 @@ class Trainer:
                 if self._gives_up():
                     self.progress.say(f"no new best in {run.patience} validations: ending at update {step}")
             self._save()
-            if self.run.named_checkpoint("best") is None:  # nothing was left to do, and nothing had been validated
+            if not self.position.best:  # nothing was left to do, and nothing had been validated so
                 self._validate()
         return self._finish()
 
