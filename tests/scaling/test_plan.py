@@ -57,6 +57,9 @@ def test_processes_are_spread_evenly_on_nodes() -> None:
     assert [(point.nodes, point.world_size) for point in found] == [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
     assert "fewer processes than nodes" in refused(world_sizes=(1, 2), nodes=(2,))
     assert "--world-sizes 3 on --nodes 2: no equal share" in refused(world_sizes=(3,), nodes=(2,))
+    assert "--node-size is -1" in refused(node_size=-1)
+    most = "--world-sizes 16 on --nodes 1 3: more than --node-size 8 on each; take more nodes"
+    assert most in refused(world_sizes=(8, 16), nodes=(1, 3), node_size=8)
 
 
 def test_contradictions_are_one_line(tmp_path: Path) -> None:
@@ -141,6 +144,11 @@ def test_the_installed_program_is_the_same() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
     assert "--world-sizes" in done.stdout
     assert 'gfrnn-study = "gfrnn.scaling.main:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_node_takes_so_many_processes() -> None:
+    found = points(world_sizes=(8, 16, 32), nodes=(1, 2, 4), node_size=8)
+    assert [(point.world_size, point.nodes) for point in found] == [(8, 1), (8, 2), (16, 2), (8, 4), (16, 4), (32, 4)]
 
 
 def test_arrays_for_each_shape_of_job(tmp_path: Path) -> None:

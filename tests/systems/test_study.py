@@ -5,6 +5,7 @@ Where root or Debian's packages are missing the tests are skipped, and say so; w
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -63,6 +64,16 @@ def test_a_study_of_one_and_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     assert sorted(each.point.name for each in measurements) == sorted(point.name for point in folder.points)
     assert {(timed.nodes, timed.world_size) for _, timed in sweep} == {(1, 2), (1, 4), (2, 2), (2, 4)}
     assert submit(cluster, study) == []  # all are done
+
+
+def test_every_array_is_tried_and_what_sbatch_refuses_is_said(cluster: Cluster, tmp_path: Path) -> None:
+    study = [sys.executable, ROOT / "src/study.py", "run", tmp_path / "s", *HOW, "--world-sizes", "2", "4"]
+    command = shlex.join(map(str, [*study, "--slurm", "--", "--partition=nowhere"]))
+    said = cluster.client("sh", "-c", f"{command} 2>&1; echo $?").splitlines()
+    assert said[-1] == "2", said
+    assert sum("invalid partition" in line for line in said) == 2
+    assert said[-2].startswith("error: sbatch refuses sbatch --parsable --array=1 --nodes=1 --ntasks-per-node=2 ")
+    assert "; sbatch --parsable --array=2 --nodes=1 --ntasks-per-node=4 " in said[-2]
 
 
 def test_a_point_that_fails_there_says_why(cluster: Cluster, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ _OF_WHOLE_GRADIENTS = ("powersgd", "topk", "local")  # between several processes
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of these is a point, but for processes that cannot be spread evenly on the nodes, and for
-    compressions of ZeRO stage 0 elsewhere, or with one process."""
+    """Every combination of these is a point, but for processes that cannot be spread evenly on the nodes or are too many
+    for them, and for compressions of ZeRO stage 0 elsewhere, or with one process."""
 
     presets: tuple[str, ...] = ("gf-lstm-5x700",)
     """Models, of text."""
@@ -66,6 +66,8 @@ class Grid:
     """Processes W."""
     nodes: tuple[int, ...] = (1,)
     """Nodes that they are on."""
+    node_size: int = 0
+    """Most processes that a node takes, its GPUs, say; 0: any number."""
     rows: tuple[int, ...] = ()
     """Global rows R of an update. Default: the preset's."""
     rows_per_process: tuple[int, ...] = ()
@@ -99,7 +101,7 @@ class How:
     """A point that takes longer is given up."""
     threads: int = 1
     """Threads of a process for products, on a CPU. Under SLURM: --cpus-per-task."""
-    corpus: Literal["enwik8", "text8", "enwik8-1m"] = "enwik8-1m"
+    corpus: Literal["enwik8", "text8", "enwik8-1m", "enwik8-4m"] = "enwik8-1m"
     """What is read: enwik8-1m comes with the package."""
     corpus_file: Path | None = None
     """A text of your own."""
@@ -134,7 +136,7 @@ def expand(grid: Grid, how: How) -> list[Point]:
         for config in grid.ds_configs:
             for nodes in grid.nodes:
                 for world_size in grid.world_sizes:
-                    if world_size % nodes:
+                    if not _fits(grid, world_size, nodes):
                         continue
                     compressions = _compressions(grid, world_size, config)
                     for rows in _rows(grid, settings, world_size):
@@ -153,16 +155,28 @@ def expand(grid: Grid, how: How) -> list[Point]:
     return points
 
 
+def _fits(grid: Grid, world_size: int, nodes: int) -> bool:
+    """Whether so many processes have equal shares on so many nodes, and none too many."""
+    return world_size % nodes == 0 and (grid.node_size == 0 or world_size // nodes <= grid.node_size)
+
+
 def _check(grid: Grid) -> None:
+    if grid.node_size < 0:
+        raise UserError(f"--node-size is {grid.node_size}; it must be 0 or more")
     for name in ("world_sizes", "nodes", "rows", "rows_per_process", "steps"):
         for number in getattr(grid, name):
             if number < 1:
                 raise UserError(f"--{name.replace('_', '-')} has {number}; it must be 1 or more")
     for world_size in grid.world_sizes:
-        if grid.nodes and all(world_size % nodes for nodes in grid.nodes):
+        nodes = " ".join(map(str, grid.nodes))
+        if grid.nodes and all(world_size % number for number in grid.nodes):
             few = "fewer processes than nodes" if world_size < min(grid.nodes) else "no equal share for each"
-            nodes = " ".join(map(str, grid.nodes))
             raise UserError(f"--world-sizes {world_size} on --nodes {nodes}: {few}; take a multiple of the nodes")
+        if grid.nodes and not any(_fits(grid, world_size, number) for number in grid.nodes):
+            raise UserError(
+                f"--world-sizes {world_size} on --nodes {nodes}: more than --node-size {grid.node_size} on each; "
+                "take more nodes"
+            )
     for compression in grid.compressions:
         if compression not in COMPRESSIONS:
             raise UserError(f"--compressions {compression} is unknown; there are {', '.join(COMPRESSIONS)}")

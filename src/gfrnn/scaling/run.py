@@ -136,7 +136,7 @@ def _home() -> Path:
 
 
 def submit(calls: Sequence[Sequence[str]], *, dry_run: bool) -> None:
-    """Makes the calls, with their job numbers on stdout; or prints them."""
+    """Makes the calls, with their job numbers on stdout; or prints them. Raises UserError for those that are refused."""
     if not calls:
         say("nothing is left to measure")
     if dry_run:
@@ -145,8 +145,12 @@ def submit(calls: Sequence[Sequence[str]], *, dry_run: bool) -> None:
         return
     if calls and shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit from a login node, or look at the calls with --dry-run")
-    for call in calls:
+    refused = []
+    for call in calls:  # one that is refused does not keep the others from their turn
         done = subprocess.run(call, cwd=_home(), stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise UserError(f"sbatch refuses {shlex.join(call)} (above); its flags come after --")
-        print("study", done.stdout.strip().partition(";")[0], flush=True)
+        if done.returncode == 0:
+            print("study", done.stdout.strip().partition(";")[0], flush=True)
+        else:
+            refused.append(shlex.join(call))
+    if refused:
+        raise UserError(f"sbatch refuses {'; '.join(refused)} (above); its flags come after --")
