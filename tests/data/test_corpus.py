@@ -309,6 +309,19 @@ def test_a_corpus_is_fetched_once(server: Server, tmp_path: Path, capfd: pytest.
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_beginning_of_a_corpus_is_cut_from_the_whole(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(PLAIN) // 3
+    cut = corpus.Identity(size, hashlib.md5(PLAIN[:size]).hexdigest())
+    monkeypatch.setitem(corpus.KNOWN, "enwik8-4m", cut)
+    text = _load(tmp_path, corpus="enwik8-4m")
+    assert (text.name, text.md5, _whole(text)) == ("enwik8-4m", cut.md5, PLAIN[:size])
+    assert _whole(_load(tmp_path)) == PLAIN
+    assert server.requests == [("/mirror/enwik8.zip", None)]
+    assert _load(tmp_path, corpus_file=_write(tmp_path / "mine", PLAIN[:size])).name == "enwik8-4m"
+
+
 def test_a_broken_download_goes_on_where_it_broke(server: Server, tmp_path: Path) -> None:
     server.cuts = [1_500_000, 1_000_000]
     assert _whole(_load(tmp_path)) == PLAIN

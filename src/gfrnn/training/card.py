@@ -21,6 +21,7 @@ _WIKIPEDIA = (
 _EXTENTS = {
     "enwik8": "the first 100,000,000 bytes of its XML dump",
     "enwik8-1m": "the first 1,000,000 bytes of its XML dump",
+    "enwik8-4m": "the first 4,000,000 bytes of its XML dump",
     "text8": "100,000,000 bytes of letters and spaces alone",
 }
 _UNITS = {"lstm": "LSTM", "gru": "GRU", "tanh": "tanh", "mrnn": "multiplicative RNN"}
