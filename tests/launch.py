@@ -150,7 +150,7 @@ def wait_until_listening(process: subprocess.Popen[str]) -> None:
 def train(
     output_dir: Path, flags: Sequence[str] = SMALL, *, processes: int = 1, stage: str = "z0", launcher: bool = False
 ) -> tuple[int, str, str]:
-    """Trains to the end: (exit status, stdout, stderr), of the first process. Without the launcher: warm."""
+    """Trains to the end: (exit status, stdout, stderr), the first status that is not 0. Without the launcher: warm."""
     if launcher:
         process = start_training(output_dir, flags, processes=processes, stage=stage, launcher=True)
         out, err = process.communicate(timeout=400)

@@ -92,8 +92,8 @@ class DataSettings:
     """The text."""
 
     corpus: Literal["enwik8", "text8", "enwik8-1m", "enwik8-4m"] = "enwik8"
-    """enwik8 and text8 are downloaded; enwik8-1m (the first 1,000,000 bytes of enwik8) ships with the package; enwik8-4m
-    (the first 4,000,000) is cut from the download."""
+    """enwik8 and text8 are downloaded; enwik8-1m (the first 1,000,000 bytes of enwik8) ships with the package;
+    enwik8-4m (the first 4,000,000) is cut from the download."""
     corpus_file: Path | None = None
     """Use this file instead: plain, .gz, .xz or .zip; any text or binary file, read as bytes."""
     data_dir: Path = Path("~/.cache/gfrnn")

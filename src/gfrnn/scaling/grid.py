@@ -55,8 +55,8 @@ _OF_WHOLE_GRADIENTS = ("powersgd", "topk", "local")  # between several processes
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of these is a point, but for processes that cannot be spread evenly on the nodes or are too many
-    for them, and for compressions of ZeRO stage 0 elsewhere, or with one process."""
+    """Every combination of these is a point, but for processes that cannot be spread evenly on the nodes, or are too
+    many for them, and for compressions of ZeRO stage 0 elsewhere, or with one process."""
 
     presets: tuple[str, ...] = ("gf-lstm-5x700",)
     """Models, of text."""

@@ -136,7 +136,7 @@ def _home() -> Path:
 
 
 def submit(calls: Sequence[Sequence[str]], *, dry_run: bool) -> None:
-    """Makes the calls, with their job numbers on stdout; or prints them. Raises UserError for those that are refused."""
+    """Makes the calls, with their job numbers on stdout; or prints them. Raises UserError if some are refused."""
     if not calls:
         say("nothing is left to measure")
     if dry_run:
