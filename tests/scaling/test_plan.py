@@ -115,6 +115,14 @@ def test_plan_of_what_fits_and_what_does_not(tmp_path: Path) -> None:
     dry = script("train", *words, "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "ZeRO stage 0" in dry.stdout
+    assert "--corpus" not in words  # the preset's
+    more = ["--train-updates", "5000", "--corpus", "text8"]
+    done = script("study", "plan", *flags, *more, "--points", tmp_path / "points.txt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    longer = json.loads((tmp_path / "plan.json").read_text())[0]
+    assert longer["seconds"] == pytest.approx(20 + 5000 * longer["step_seconds"])
+    for line in (tmp_path / "points.txt").read_text().splitlines():
+        assert "--corpus text8" in line
 
 
 def test_answers_at_once() -> None:

@@ -52,6 +52,7 @@ def plan(points: Sequence[Point], how: How, *, peak: Peak, memory: float) -> lis
         settings, config = prepared(point, how, Path("study"))
         step = networks(settings)[-1].train_flops * point.rows * point.steps
         seconds = step / (point.world_size * peak.of(point))
+        updates = max(updates_for_timing(settings, how), how.train_updates)
         expected, there = estimate(settings, config, point.world_size, updates_alone=True), room(point, memory)
         found.append(
             Planned(
@@ -60,7 +61,7 @@ def plan(points: Sequence[Point], how: How, *, peak: Peak, memory: float) -> lis
                 int(there),
                 step,
                 seconds,
-                _START + updates_for_timing(settings, how) * seconds + how.sweep_seconds * (point.world_size > 1),
+                _START + updates * seconds + how.sweep_seconds * (point.world_size > 1),
                 _refusal(expected, there),
             )
         )
@@ -204,8 +205,12 @@ def to_json(planned: Sequence[Planned]) -> str:
 def training_flags(planned: Sequence[Planned], how: How) -> str:
     """The points that can be run as trainings: lines of flags of src/train.py, for slurm/study.sbatch.
 
-    Raises UserError for a point that no flags can say. What a line cannot say, how many processes, is in its comment.
+    They read the preset's text, or what --corpus or --corpus-file name. Raises UserError for a point that no flags can
+    say. What a line cannot say, how many processes, is in its comment.
     """
+    text = [] if how.corpus == How.corpus else ["--corpus", how.corpus]
+    if how.corpus_file is not None:
+        text = ["--corpus-file", str(how.corpus_file)]
     lines = []
     for each in planned:
         if each.refused:
@@ -223,6 +228,6 @@ def training_flags(planned: Sequence[Planned], how: How) -> str:
             "--rows",
             str(point.rows),
         ]
-        flags += ["--steps", str(point.steps), "--dtype", point.dtype, "--output-dir", f"runs/{point.name}"]
+        flags += ["--steps", str(point.steps), "--dtype", point.dtype, "--output-dir", f"runs/{point.name}", *text]
         lines.append(f"{shlex.join(flags)}  # {point.world_size} processes on {point.nodes} nodes\n")
     return "".join(lines)
