@@ -17,7 +17,9 @@ from serving import serving
 
 from gfrnn import shipped
 from gfrnn.cli import parse
-from gfrnn.config import Settings, UserError, preset
+from gfrnn.config import DataSettings, Settings, UserError, preset
+from gfrnn.data import load_text
+from gfrnn.data.corpus import KNOWN
 from gfrnn.runs import find_checkpoint, load_checkpoint, load_model
 from gfrnn.training import ship
 from gfrnn.training.card import command
@@ -308,3 +310,36 @@ def test_a_damaged_model_says_so(models: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "tiny/config.json").write_text("{}")
     with pytest.raises(UserError, match="names are missing in it"):
         load_model("tiny")
+
+
+# ------------------------------------------------------------------------------------------- what ships
+
+
+def test_enwik8_small_is_small_and_its_preset_s() -> None:
+    path = shipped.MODELS / "enwik8-small"
+    assert sum(file.stat().st_size for file in path.iterdir()) <= ship.LARGEST
+    config = json.loads((path / "config.json").read_text())
+    settings, usual = Settings.from_json(config["settings"]), preset("enwik8-small")
+    assert settings.data.corpus_file is None
+    run = dataclasses.replace(settings.run, mlflow=usual.run.mlflow)
+    data = dataclasses.replace(settings.data, data_dir=usual.data.data_dir)
+    assert dataclasses.replace(settings, run=run, data=data) == usual
+    assert command(settings, config["training"]["world_size"]) in (path / "card.md").read_text()
+    assert config["corpus_md5"] == KNOWN["enwik8-4m"].md5
+
+
+def test_enwik8_small_has_learned_its_text(tmp_path: Path) -> None:
+    """With torch and without: text that it was trained on, as the one that it was not is no part of this repository."""
+    known = load_text(DataSettings(corpus="enwik8-1m", data_dir=tmp_path)).test[:8000].tobytes()
+    (tmp_path / "known").write_bytes(known)
+    found = evaluate(EvaluateSettings("enwik8-small", text_file=tmp_path / "known", streams=4, device="cpu"))
+    assert 1 < found["bpc"] < 1.8
+    bits = Session("enwik8-small", "cpu").score(known).mean()
+    assert bits == pytest.approx(found["bpc"], abs=0.02)
+
+
+def test_enwik8_small_closes_what_it_opened() -> None:
+    written = Session("enwik8-small", "cpu").generate(
+        b"    </revision>\n  </page>\n  <page>\n    <title>A", 60, temperature=0.0
+    )
+    assert b"</title>\n    <id>" in written
