@@ -25,11 +25,11 @@ from launch import BIN, ROOT, environment
 
 
 def test_limits_have_clear_answers(model: Path) -> None:
-    flags = "--max-prompt-bytes 50 --max-tokens 2000 --max-sequences 4 --max-body-bytes 5000 --rows 1 --max-waiting 1"
+    flags = "--max-prompt-bytes 50 --max-tokens 200000 --max-sequences 4 --max-body-bytes 5000 --rows 1 --max-waiting 1"
     with serving(model, *flags.split(), "--body-seconds", "0.7", "--request-seconds", "1.5") as small:
         for body, status, message in (
             ({"prompt": "x" * 51}, 400, "a prompt of 51 bytes is longer than 50"),
-            ({"prompt": "x", "max_tokens": 2001}, 400, "max_tokens is 2001; at most 2000"),
+            ({"prompt": "x", "max_tokens": 200001}, 400, "max_tokens is 200001; at most 200000"),
             ({"prompt": ["x"] * 5}, 400, "5 texts with n=1 are more than 2 sequences"),  # for more there is never room
             ({"prompt": "x" * 6000}, 413, "larger than 5000 bytes"),
         ):
@@ -39,7 +39,7 @@ def test_limits_have_clear_answers(model: Path) -> None:
         assert (status, error["error"]["param"]) == (400, "text")
 
         # one has the row, one waits, the third is told to come again; OpenAI's client does
-        busy = [small.open({"prompt": "x", "max_tokens": 2000}) for _ in range(2)]
+        busy = [small.open({"prompt": "x", "max_tokens": 200000}) for _ in range(2)]
         time.sleep(0.2)
         status, error = small.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
         if status == 200:  # they were quicker than we
