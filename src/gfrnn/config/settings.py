@@ -12,6 +12,7 @@ Unit = Literal["lstm", "gru", "tanh", "mrnn"]
 Feedback = Literal["gated", "full", "none"]
 UnitGates = Literal["all", "own"]
 Task = Literal["text", "programs"]
+Corpus = Literal["enwik8", "text8", "enwik8-1m", "enwik8-4m"]
 Curriculum = Literal["baseline", "naive", "mix", "blend"]
 
 EXIT_FINISHED = 0
@@ -91,7 +92,7 @@ class ModelSettings:
 class DataSettings:
     """The text."""
 
-    corpus: Literal["enwik8", "text8", "enwik8-1m", "enwik8-4m"] = "enwik8"
+    corpus: Corpus = "enwik8"
     """enwik8 and text8 are downloaded; enwik8-1m (the first 1,000,000 bytes of enwik8) ships with the package;
     enwik8-4m (the first 4,000,000) is cut from the download."""
     corpus_file: Path | None = None

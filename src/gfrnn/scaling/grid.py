@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gfrnn.config import Settings, UserError, preset, validate
+from gfrnn.config import Corpus, Settings, UserError, preset, validate
 from gfrnn.scaling.records import Point
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
 
@@ -101,7 +101,7 @@ class How:
     """A point that takes longer is given up."""
     threads: int = 1
     """Threads of a process for products, on a CPU. Under SLURM: --cpus-per-task."""
-    corpus: Literal["enwik8", "text8", "enwik8-1m", "enwik8-4m"] = "enwik8-1m"
+    corpus: Corpus = "enwik8-1m"
     """What is read: enwik8-1m comes with the package."""
     corpus_file: Path | None = None
     """A text of your own."""
