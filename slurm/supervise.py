@@ -274,7 +274,10 @@ class Supervisor:
             say(f"{self._ends_path} cannot be written ({error.strerror}): {line}")
 
     def note_lost_start(self) -> None:
-        """If the start before this one could not say how it ended, SLURM ended it: says whom it heard of least."""
+        """If the start before this one could not say how it ended, SLURM ended it: says whom it heard of least.
+
+        Exits if that was once too often: a job that takes its batch node down each time has nobody else to stop it.
+        """
         before = self.job.restart - 1
         if before < 0 or any(end["restart"] == before for end in self.ends()):
             return
@@ -290,6 +293,16 @@ class Supervisor:
             )
         say(verdict.why)
         self.note(verdict, before)
+        if verdict.cause == "failed" and self.fails_again_and_again(verdict):
+            sys.exit(FAILED)
+
+    def fails_again_and_again(self, verdict: Verdict) -> bool:
+        """Whether there was no checkpoint between this failure, which is noted, and others; then says so."""
+        times, step = self.ends_here("failed"), self.last_step()
+        if times < FAILURES_ALLOWED:
+            return False
+        say(f"given up: failed {times} times {_after(step)}; the last time: {verdict.why}")
+        return True
 
     def ends_here(self, cause: str) -> int:
         """How many starts have ended so since the latest checkpoint was written."""
@@ -308,12 +321,10 @@ class Supervisor:
         say(f"{verdict.cause}: {verdict.why}" if verdict.why else verdict.cause)
         if verdict.cause in ("finished", "taken over", "given up"):
             return verdict.status
-        step = self.last_step()
-        where = f"after the checkpoint of update {step}" if step else "before the first checkpoint"
-        if verdict.cause == "failed" and self.ends_here("failed") >= FAILURES_ALLOWED:
-            say(f"given up: failed {self.ends_here('failed')} times {where}; the last time: {verdict.why}")
+        if verdict.cause == "failed" and self.fails_again_and_again(verdict):
             return FAILED
         if verdict.cause == "stopped" and self.ends_here("stopped") > FAILURES_ALLOWED:  # one of them saved it
+            where = _after(self.last_step())
             say(f"given up: stopped again and again {where}, with no update since; raise --time, or lower --signal")
             return FAILED
         state = shown.get("JobState", "RUNNING")
@@ -329,6 +340,10 @@ class Supervisor:
         say(f"requeued: goes on after update {self.last_step()}")
         while True:  # until SLURM ends this: a script that ends by itself may be taken for finished
             time.sleep(60)
+
+
+def _after(step: int) -> str:
+    return f"after the checkpoint of update {step}" if step else "before the first checkpoint"
 
 
 def say(line: str) -> None:
