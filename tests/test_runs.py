@@ -403,9 +403,25 @@ def replaced(group: str, **values: Any) -> Settings:
 )
 def test_a_run_of_other_settings_is_refused(tmp_path: Path, settings: Settings, said: str) -> None:
     run = new_run(tmp_path / "run")
+    run.append_metrics({"step": 1})
     with pytest.raises(UserError) as caught:
         run.check(settings)
     assert said in one_line(caught)
+
+
+def test_what_a_failed_start_leaves_is_nobodys(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    run.append_metrics({"step": 0, "network_bytes": 1.0})
+    write_json(run.path / "mlflow.json", {"run_id": "of the start that failed"})
+    run.create(SETTINGS, {}, MD5)  # by the same settings it goes on
+    assert run.mlflow_run_id() == "of the start that failed"
+    others = replaced("model", hidden_size=6)
+    assert not run.check(others, "f" * 32)
+    run.create(others, {}, "f" * 32)
+    assert run.read_settings() == others
+    assert run.mlflow_run_id() is None
+    run.append_metrics({"step": 1})
+    assert run.check(others, "f" * 32)
 
 
 @pytest.mark.parametrize(
@@ -421,12 +437,14 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path, settings: Settings, 
 )
 def test_what_may_differ_when_a_run_is_resumed(tmp_path: Path, settings: Settings) -> None:
     run = new_run(tmp_path / "run")
+    run.append_metrics({"step": 1})
     assert run.check(settings)
     assert run.check(settings, MD5)
 
 
 def test_another_text_is_refused(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
+    run.append_metrics({"step": 1})
     with pytest.raises(UserError) as caught:
         run.check(SETTINGS, "f" * 32)
     assert "another text (MD5 01234567..., now ffffffff...)" in one_line(caught)

@@ -102,7 +102,10 @@ class RunFolder:
         return Settings.from_json(_read_json(self.config_path, "settings")["settings"])
 
     def check(self, settings: Settings, corpus_md5: str | None = None) -> bool:
-        """Whether a run is here already; raises UserError if it is one of other settings or another text."""
+        """Whether a run is here already; raises UserError if it is one of other settings or another text.
+
+        What a start that failed before it learned has left is no run: other settings may have the folder.
+        """
         if not self.config_path.exists():
             # a kill in create() leaves a hidden file, which does not make it somebody else's folder
             if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
@@ -111,7 +114,9 @@ class RunFolder:
                 )
             return False
         config = _read_json(self.config_path, "settings", "corpus_md5")
-        differences = _differences(Settings.from_json(config["settings"]).to_json(), settings.to_json())
+        differences = self._differences(settings)
+        if not self._has_learned():
+            return False
         if differences:
             name, was, now = differences[0]
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
@@ -125,6 +130,14 @@ class RunFolder:
                 f"now {corpus_md5[:8]}...); give another folder, or the same text to resume"
             )
         return True
+
+    def _differences(self, settings: Settings) -> list[tuple[str, Any, Any]]:
+        """(flag, what it is here, what it is now) of what must not change."""
+        return _differences(self.read_settings().to_json(), settings.to_json())
+
+    def _has_learned(self) -> bool:
+        """Whether an update is on record here."""
+        return self.named_checkpoint("latest") is not None or any(line["step"] > 0 for line in self.read_metrics())
 
     def check_writable(self) -> None:
         """Raises UserError if a run could not be kept here; makes nothing."""
@@ -200,6 +213,8 @@ class RunFolder:
     def create(self, settings: Settings, ds_config: dict[str, Any], corpus_md5: str) -> None:
         """Makes the folder and writes config.json (again, if the run goes on under another DeepSpeed config)."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.config_path.exists() and self._differences(settings):  # a start that failed has begun another
+            (self.path / "mlflow.json").unlink(missing_ok=True)
         write_json(
             self.config_path,
             {

@@ -16,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gfrnn.config import ModelSettings, UserError, preset
+from gfrnn.config import ModelSettings, RunFailed, UserError, preset
 from gfrnn.data import Bytes
 from gfrnn.nn import LanguageModel
 from gfrnn.runs import Checkpoint, RunFolder
@@ -276,6 +276,11 @@ def test_dynamic_with_steps_of_nothing_is_static() -> None:
     assert found.bits == pytest.approx(score(model, text, streams=1, warmup=0).bits, rel=1e-9)
 
 
+def test_dynamic_at_too_large_a_rate_ends_and_says_where() -> None:
+    with pytest.raises(RunFailed, match="not finite after 10 bytes"):
+        score_dynamic(model_of().float(), text_of(60), learning_rate=1e40, decay=0.0, second_moments=None, steps=10)
+
+
 # ----------------------------------------------------------------------------------------- gfrnn-evaluate
 
 
@@ -316,6 +321,15 @@ def test_evaluate_a_file(run_folder: Path, tmp_path: Path) -> None:
     assert f"{results['bpc']:.4f}" in found.stdout
     assert "step-00000005" in found.stdout
     assert "run [1]" in found.stdout
+
+
+def test_evaluate_says_that_a_rate_spoils_the_model(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(text_of(500).tobytes())
+    learning = ("evaluate", run_folder, "--text-file", tmp_path / "text", "--streams", "1", "--dynamic")
+    found = script(*learning, "--dynamic-learning-rate", "1")
+    assert found.returncode == 0
+    assert found.stderr.startswith("note: --dynamic-learning-rate 1 spoils the model: text at ")
+    assert script(*learning).stderr == ""
 
 
 def torch_weights(run_folder: Path) -> dict[str, Tensor]:

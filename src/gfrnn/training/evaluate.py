@@ -186,6 +186,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
                     model, text, streams=settings.streams, warmup=settings.warmup, seam=_SEAM_BYTES, progress=bar
                 )
         seconds = time.perf_counter() - begin
+        if settings.dynamic and found.bpc > math.log2(model.softmax.out_features):
+            rate = f"--dynamic-learning-rate {settings.dynamic_learning_rate:g}"
+            say(f"note: {rate} spoils the model: {name} at {found.bpc:.2f} BPC is worse than guessing; lower it")
         key = "bpc" if name == "text" else f"{name}_bpc"
         results |= {key: found.bpc, "streams": found.streams, "warmup": found.warmup}
         results["characters"] = results.get("characters", 0) + found.characters

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gfrnn.config import RunFailed
 from gfrnn.data import NEWLINE, Bytes
 from gfrnn.nn import LanguageModel, State
 from gfrnn.training.dynamics import Dynamics
@@ -186,6 +187,8 @@ def score_dynamic(
         second_moments: parameter name -> mean squared gradient.
         streams, warmup: as in `score`; all streams learn together into one set of weights.
         steps: bytes of a stream learned at a time, which is part of the result.
+
+    Raises RunFailed where what it learns makes the loss infinite or no number.
     """
     model = copy.deepcopy(model).eval()
     parameters = dict(model.named_parameters())
@@ -205,6 +208,8 @@ def score_dynamic(
         if start >= 0:
             total = torch.where(inside_TB, bits_TB(logits_TBV, targets_TB), 0.0).sum()
             bits += total.item()
+            if not math.isfinite(bits):
+                raise RunFailed(f"the loss is not finite after {start:,} bytes of a stream: lower the learning rate")
             gradients = torch.autograd.grad(total / inside_TB.sum().clamp(min=1), list(parameters.values()))
             with torch.no_grad():
                 for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
