@@ -91,3 +91,23 @@ def test_large_model_counts(change, millions):
     count = model_sizes(dataclasses.replace(presets()["gf-lstm-5x700"].model, **change), 205)
     assert round(count.recurrent / 1e6, 1) == millions
     assert count.softmax == 5 * 700 * 205
+
+
+@pytest.mark.parametrize("feedback", ["gated", "full", "none"])
+@pytest.mark.parametrize("unit_gates", ["all", "own"])
+def test_scaled_feedback_begins_as_large_as_a_stack(feedback, unit_gates):
+    """What a layer adds of its past has a stack's size, from however many layers it is read; a stack is as it was."""
+    settings = ModelSettings(num_layers=3, hidden_size=8, feedback=feedback, unit_gates=unit_gates)
+    torch.manual_seed(0)
+    usual = LanguageModel(settings)
+    torch.manual_seed(0)
+    scaled = LanguageModel(dataclasses.replace(settings, scale_feedback=True))
+    for (name, before), after in zip(usual.named_parameters(), scaled.parameters(), strict=True):
+        if "weight_hc" in name or "weight_hu" in name:
+            sources = before.shape[1] // 8
+            torch.testing.assert_close(after * sources**0.5, before)
+            rows = after.pow(2).sum(1)  # of blocks whose rows have length 1
+            torch.testing.assert_close(rows, torch.ones_like(rows))
+        else:
+            assert torch.equal(before, after)
+    assert ("weight_hc_l0", 1 if feedback == "none" else 3) == ("weight_hc_l0", usual.rnn.weight_hc_l0.shape[1] // 8)

@@ -76,6 +76,9 @@ class ModelSettings:
     """GRU: a second bias inside the product with the reset gate, as torch.nn.GRU has."""
     forget_bias: float = 0.0
     """LSTM: initial bias of the forget gate."""
+    scale_feedback: bool = False
+    """Divide initial recurrent weights that are read from n layers by sqrt(n), so that a net with feedback begins with
+    as much of its past as a stack. No effect without feedback."""
     cap_input_gate: bool = False
     """LSTM: the input gate is at most 1 - the forget gate, so that the cell stays in -1 to 1."""
     dropout: float = 0.0

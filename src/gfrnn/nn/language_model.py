@@ -68,6 +68,8 @@ class SymbolRNN(nn.Module):
             )
             if settings.forget_bias:
                 self.rnn.set_forget_bias(settings.forget_bias)
+            if settings.scale_feedback:
+                self.rnn.scale_feedback()
 
     def read(
         self,
