@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import statistics
 import sys
 import time
@@ -32,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gfrnn import cli
-from gfrnn.config import BatchSettings, Settings, UserError, matched_stack, preset, validate
+from gfrnn.config import BatchSettings, RunFailed, Settings, UserError, matched_stack, preset, validate
 from gfrnn.data import load_text
 from gfrnn.runs import RunFolder, replace_file, versions, write_json
 from gfrnn.training.evaluate import EvaluateSettings, evaluate
@@ -62,7 +63,7 @@ ABLATIONS: dict[str, Callable[[Settings], list[str]]] = {
     "half segments": lambda s: half_segments(s.batch),
     "no input-gate cap": lambda s: ["--no-cap-input-gate"],
     "one-hot input": lambda s: ["--embedding-size", "0"],
-    "every gate 1": lambda s: ["--feedback", "full"],
+    "every gate 1": lambda s: ["--feedback", "full"] if s.model.feedback == "gated" else [],
     "no feedback": lambda s: ["--feedback", "none"],
     "no feedback, as many parameters": lambda s: (
         ["--feedback", "none", "--hidden-size", str(matched_stack(s).model.hidden_size)]
@@ -158,12 +159,19 @@ def run_all(args: argparse.Namespace) -> None:
     for name, why in missing.items():
         cli.say(f"note: {name} is left out: {why}")
     keep_plan(args)
+    failed: list[str] = []
     for seed in range(args.seeds):  # the whole recipe and all ablations with a seed, then the next
         for name, flags in found.items():
             run = folder_of(args.folder, name, seed)
             own = ["--preset", args.preset, *args.training, *flags, "--seed", str(seed), "--patience", "0"]
-            train(args.launcher, [*own, "--max-updates", str(args.updates)], run, args.updates)
-            score(run, args)
+            try:
+                train(args.launcher, [*own, "--max-updates", str(args.updates)], run, args.updates)
+                score(run, args)
+            except RunFailed as error:  # the others can still be compared
+                cli.say(f"note: {name}, seed {seed}: {error}")
+                failed.append(run.name)
+    if failed:
+        raise RunFailed(f"{', '.join(failed)} failed: the report leaves out what has no figures")
 
 
 def keep_plan(args: argparse.Namespace) -> None:
@@ -204,8 +212,24 @@ def bpc_of(run: Path, split: str, rate: float | None, args: argparse.Namespace) 
         if rate is not None:
             settings = dataclasses.replace(settings, dynamic=True, dynamic_learning_rate=rate)
         with contextlib.redirect_stdout(sys.stderr):  # its tables are this program's progress
-            write_json(path, evaluate(settings))
-    return float(json.loads(path.read_text())["bpc"])
+            write_json(path, _figures(settings))
+    return read_bpc(path)
+
+
+def _figures(settings: EvaluateSettings) -> dict[str, Any]:
+    """What evaluate.py finds; no BPC where what dynamic evaluation learns spoils the model altogether."""
+    try:
+        return evaluate(settings)
+    except RunFailed as error:
+        if not settings.dynamic:
+            raise
+        return {"bpc": None, "failed": str(error)}
+
+
+def read_bpc(path: Path) -> float:
+    """Infinite where there is none."""
+    bpc = json.loads(path.read_text())["bpc"]
+    return math.inf if bpc is None else float(bpc)
 
 
 def score_file(run: Path, split: str, rate: float | None) -> Path:
@@ -236,7 +260,7 @@ def read_run(run: Path, seed: int, plan: dict[str, Any]) -> dict[str, Any] | Non
 
     def bpc(split: str, rate: float | None = None) -> float | None:
         path = score_file(run, split, rate)
-        return float(json.loads(path.read_text())["bpc"]) if path.exists() else None
+        return read_bpc(path) if path.exists() else None
 
     scores: dict[str, Any] = {"valid": bpc("valid"), "test": bpc("test")}
     if plan["rates"]:

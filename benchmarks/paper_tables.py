@@ -53,6 +53,7 @@ from paper.turns import Interrupts, Notes, Training, take_turns, this_machine, t
 CHARACTERS = 9_000_000.0  # of models of 1.2 M parameters about ten minutes on two cores
 RATES = {"rmsprop": (1 / 3, 1.0, 3.0), "adam": (1e-3, 3e-3, 1e-2)}
 """Learning rates that are tried: of RMSProp times the preset's."""
+TUNING_SEED = 100
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +100,7 @@ def tune(flags: argparse.Namespace, plan: Plan) -> None:
             scale = preset(model).optimization.learning_rate if optimizer == "rmsprop" else 1.0
             for rate in rates or [float(f"{factor * scale:.2g}") for factor in RATES[optimizer]]:
                 choice = Choice(optimizer, rate, flags.schedule, "tuned")
-                name = f"tune-{model}-{optimizer}-{rate:g}-{flags.schedule}"
+                name = f"tune-{model}-{optimizer}-{rate:g}-{flags.schedule}-seed-{flags.seed}"
                 trials.append(
                     training(
                         *[plan, model, flags.seed, choice],
@@ -118,7 +119,7 @@ def tune(flags: argparse.Namespace, plan: Plan) -> None:
             _keep_trial(plan, trial)
     for unit in dict.fromkeys(flags.units):
         found = plan.choice(unit)
-        edge = _edge(plan.tuned()[unit])
+        edge = _edge(unit, plan.tuned()[unit])
         print(f"{UNITS[unit]}: {found} for all its models (validation of {BASELINES[unit]}){edge}")
 
 
@@ -148,14 +149,16 @@ def _exploded(plan: Plan, trial: Training) -> bool:
     return any(each["valid_bpc"] is None and _named(trial).items() <= each.items() for each in tried)
 
 
-def _edge(found: dict[str, Any]) -> str:
+def _edge(unit: str, found: dict[str, Any]) -> str:
     """A warning if the best of the rates that were tried is the lowest or the highest."""
     same = [each for each in found["tried"] if all(each[n] == found[n] for n in ("optimizer", "schedule", "seed"))]
     rates = sorted(each["learning_rate"] for each in same)
     if found["learning_rate"] not in (rates[0], rates[-1]):
         return ""
     further = found["learning_rate"] / 3 if found["learning_rate"] == rates[0] else 3 * found["learning_rate"]
-    more = f"--optimizers {found['optimizer']} --learning-rates {further:.2g}"
+    more = f"--units {unit} --optimizers {found['optimizer']} --learning-rates {further:.2g}"
+    more += f" --schedule {found['schedule']}" * (found["schedule"] != "constant")
+    more += f" --seed {found['seed']}" * (found["seed"] != TUNING_SEED)
     return f"; it is at the edge of what was tried: try {more} too"
 
 
@@ -252,7 +255,7 @@ def _parser() -> Parser:
             command.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
             command.add_argument("--learning-rates", type=float, nargs="+", help="added to what was tried before")
             command.add_argument("--schedule", choices=SCHEDULES, default="constant")
-            command.add_argument("--seed", type=int, default=100, help="one that run does not use")
+            command.add_argument("--seed", type=int, default=TUNING_SEED, help="one that run does not use")
             continue
         command.add_argument("--models", nargs="+", default=list(MODELS))
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

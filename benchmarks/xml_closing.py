@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import re
 import sys
 import time
@@ -241,11 +240,7 @@ def source(args: argparse.Namespace) -> bytes:
     if args.text_file is not None:
         return bytes(read_bytes(args.text_file))
     first, _ = origins[args.runs[0]]
-    data = first.data
-    for name in ("corpus_file", "data_dir"):
-        if getattr(args, name) is not None:
-            data = dataclasses.replace(data, **{name: getattr(args, name)})
-    corpus = load_text(data)
+    corpus = load_text(first.data.moved(args.corpus_file, args.data_dir))
     for run, (_, md5) in origins.items():
         if md5 not in (None, corpus.md5):
             raise UserError(f"{run} was trained on another text than {corpus.name}: give one held out with --text-file")

@@ -204,6 +204,12 @@ def test_options_without_effect_are_named() -> None:
     assert without_effect(mrnn) == ["--input-skips has no effect on --unit mrnn"]
     own = changed(feedback="none", unit_gates="own")
     assert without_effect(own) == ["--unit-gates own has no effect without feedback, or with --unit tanh"]
+    scaled = changed(feedback="none", scale_feedback=True)
+    assert without_effect(scaled) == ["--scale-feedback has no effect without feedback"]
+    late = dataclasses.replace(preset("demo").optimization, average_from=500)
+    assert without_effect(dataclasses.replace(preset("demo"), optimization=late)) == [
+        "--average ema has no effect with --average-from 500, after the last update"
+    ]
     share = changed(compression="powersgd", compression_rank=2, compression_share=0.2)
     assert without_effect(share) == ["--compression-share has no effect on --compression powersgd"]
     demo = preset("demo")

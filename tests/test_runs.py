@@ -420,6 +420,10 @@ def test_what_a_failed_start_leaves_is_nobodys(tmp_path: Path) -> None:
     run.create(others, {}, "f" * 32)
     assert run.read_settings() == others
     assert run.mlflow_run_id() is None
+    write_json(run.path / "mlflow.json", {"run_id": "of a start on another text"})
+    run.create(others, {}, "0" * 32)
+    assert run.mlflow_run_id() is None
+    run.create(others, {}, "f" * 32)
     run.append_metrics({"step": 1})
     assert run.check(others, "f" * 32)
 

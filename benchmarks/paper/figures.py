@@ -29,7 +29,7 @@ def draw(lines: Sequence[Line], what: str, path: Path, title: str) -> None:
     height = -(-len(lines) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.8 * height + 0.3), layout="constrained")
     axes = figure.subplots(height, columns, squeeze=False).flat
-    for axis, line in zip(axes, lines, strict=False):
+    for line, axis in zip(lines, axes, strict=False):  # in this order, so that no axis more is taken than is drawn on
         bpcs = [[point.bpc for point in row.curve] for rows in line.rows.values() for row in rows]
         for column in COLUMNS:
             rows = line.rows.get(column)

@@ -107,7 +107,7 @@ class Plan:
     def _settle(self, shared: dict[str, Any]) -> None:
         now = {"budget": dataclasses.asdict(self.budget), "corpus": self.corpus["md5"], "settings": shared}
         path = self.folder / "paper.json"
-        if not path.exists():
+        if not any((self.folder / name).exists() for name in ("tuned.json", "trainings.json")):  # nothing is trained
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, now)
             return

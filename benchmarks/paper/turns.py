@@ -9,7 +9,6 @@ checkpoint are outside what is counted as training, so a turn costs patience, no
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import math
@@ -27,11 +26,11 @@ from gfrnn import cli
 from gfrnn.config import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, RunFailed, Stopped, UserError
 from gfrnn.runs import RunFolder, write_json
 from paper.plan import Budget, Choice, Plan, read_json
+from trainings import end_with_parent
 
 TRAIN = Path(__file__).parents[2] / "src/train.py"
 VALIDATIONS = 20  # in a budget
 _ENDLESS = 10**9  # updates: a budget of seconds ends it
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,9 @@ def training(
     experiment: str,
     name: str = "",
 ) -> Training:
-    """Of a plan's model, for that part of its budget. Raises UserError for settings that do not go together.
+    """Of a plan's model, for that part of its budget.
+
+    Raises UserError for settings that do not go together, and for a folder that was trained with another choice.
 
     valid_every: updates; 0: twenty times in all, or every 30 updates of a budget of seconds.
     """
@@ -106,6 +107,11 @@ def training(
     # each validation has a logged line of its update, which has the characters and the seconds
     looks = ["--valid-every", str(every), "--log-every", str(math.gcd(every, 10)), "--experiment", experiment]
     folder = RunFolder(plan.folder / (name or f"{model}-seed-{seed}"))
+    if folder.read_summary() is not None:  # what has ended is not started, so the trainer does not compare it
+        own = folder.read_settings().optimization
+        then = Choice(own.optimizer, own.learning_rate, own.schedule)
+        if str(then) != str(choice):
+            raise UserError(f"{folder.path} was trained with {then}, not {choice}: give another folder")
     return Training(model, seed, folder, choice, budget, updates, (*looks, *plan.flags))
 
 
@@ -175,7 +181,7 @@ def _start(command: list[str], turn: Training, threads: int, interrupts: Interru
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,  # Ctrl-C comes to it once, from here
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         try:
             if interrupts.caught:  # in the moment before
@@ -183,13 +189,6 @@ def _start(command: list[str], turn: Training, threads: int, interrupts: Interru
             return interrupts.process.wait()
         finally:
             interrupts.process = None
-
-
-def _end_with_parent() -> None:
-    """Has Linux send SIGTERM when this program is killed: a checkpoint, and the run folder is free again."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _log(turn: Training) -> Path:

@@ -53,6 +53,10 @@ class ExportSettings:
     """Add an output: the global gates [batch, layers, layers] of each step (gated feedback)."""
     text_file: Path | None = None
     """Check on this text instead of the run's validation text."""
+    corpus_file: Path | None = None
+    """The corpus the run was trained on, if it has moved since."""
+    data_dir: Path | None = None
+    """Where corpora are kept as Arrow, if not where the run had them."""
     check_bytes: int = 16384
     """Bytes of held-out text that the export is checked on."""
     tolerance: float = 1e-4
@@ -288,7 +292,7 @@ def _held_out(settings: ExportSettings, trained: Settings, corpus_md5: str | Non
     if settings.text_file is not None:
         text = read_bytes(settings.text_file)
     else:
-        corpus = load_text(trained.data)
+        corpus = load_text(trained.data.moved(settings.corpus_file, settings.data_dir))
         if corpus_md5 not in (None, corpus.md5):
             raise UserError(f"{corpus.name} is not the text that the run was trained on: give one with --text-file")
         text = corpus.valid

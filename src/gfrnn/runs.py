@@ -137,7 +137,9 @@ class RunFolder:
 
     def _has_learned(self) -> bool:
         """Whether an update is on record here."""
-        return self.named_checkpoint("latest") is not None or any(line["step"] > 0 for line in self.read_metrics())
+        if self.named_checkpoint("latest") is not None or (self.read_summary() or {}).get("finished"):
+            return True
+        return any(line["step"] > 0 for line in self.read_metrics())
 
     def check_writable(self) -> None:
         """Raises UserError if a run could not be kept here; makes nothing."""
@@ -213,8 +215,10 @@ class RunFolder:
     def create(self, settings: Settings, ds_config: dict[str, Any], corpus_md5: str) -> None:
         """Makes the folder and writes config.json (again, if the run goes on under another DeepSpeed config)."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.config_path.exists() and self._differences(settings):  # a start that failed has begun another
-            (self.path / "mlflow.json").unlink(missing_ok=True)
+        if self.config_path.exists():
+            text = _read_json(self.config_path, "corpus_md5")["corpus_md5"]
+            if self._differences(settings) or text != corpus_md5:  # a start that failed has begun another run
+                (self.path / "mlflow.json").unlink(missing_ok=True)
         write_json(
             self.config_path,
             {

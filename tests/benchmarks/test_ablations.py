@@ -71,6 +71,9 @@ def test_what_a_recipe_has_not_is_left_out_with_a_word(monkeypatch: pytest.Monke
     assert missing["no magic"] == "this version of gfrnn has no --no-magic"
     assert missing["no locked dropout"] == missing["one-hot input"] == "the recipe does without it"
     assert not found.keys() & missing.keys()
+    for without_feedback in ("lstm-3x191", "mrnn-1x679"):
+        _, missing = ablations.ablations_of(without_feedback, [])
+        assert missing["every gate 1"] == missing["no feedback"] == "the recipe does without it"
     with pytest.raises(UserError, match="--seed is this script's own"):
         ablations.ablations_of("demo", ["--seed=3"])
     with pytest.raises(UserError, match="is a model of programs"):
@@ -128,6 +131,17 @@ def test_a_study_is_run_resumed_and_reported(tmp_path: Path) -> None:
     assert f"{ablated['test']:.4f}" in lines[3]
     with names["csv"].open(newline="") as file:
         assert float(list(csv.DictReader(file))[1]["test"]) == pytest.approx(ablated["test"])
+
+
+def test_what_fails_does_not_end_the_study(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    own = ["--updates", "4", "--bytes", "400", "--streams", "2", "--only", "no layer norm"]
+    more = ["--warmup-updates", "0", "--learning-rate", "3e37", "--data-dir", str(tmp_path / "data")]
+    done = warm_python(SCRIPT, "run", folder, *own, "--", *SMALL, *more)
+    assert done.returncode == 3
+    assert "whole-seed-0, no-layer-norm-seed-0 failed" in done.stderr.splitlines()[-1]
+    (tmp_path / "spoilt.json").write_text('{"bpc": null, "failed": "the loss is not finite"}')
+    assert ablations.read_bpc(tmp_path / "spoilt.json") == float("inf")  # a rate that is never chosen
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:

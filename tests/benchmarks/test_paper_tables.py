@@ -123,6 +123,11 @@ def test_what_is_finished_is_not_trained_again(trained: Path, monkeypatch: pytes
     paper_tables._main()
     assert trained.with_suffix(".json").read_text() == before
     assert (trained / f"{MODELS_HERE[0]}-seed-0.log").read_text() == log
+    other = [*flags[: flags.index("--")], "--learning-rate", "0.02", *flags[flags.index("--") :]]
+    monkeypatch.setattr(sys, "argv", ["paper_tables.py", *other])
+    with pytest.raises(UserError, match=r"seed-0 was trained with adam 0\.01, not adam 0\.02: give another folder"):
+        paper_tables._main()
+    assert trained.with_suffix(".json").read_text() == before
 
 
 def report(output: Path, *sources: str) -> dict[str, bytes]:
@@ -233,6 +238,18 @@ def test_a_picture_of_all_models_shows_them_all(tmp_path: Path) -> None:
             assert (abs(pixels - to_rgb(colour)).max(axis=-1) < 0.01).sum() > 300, column
 
 
+def test_a_picture_of_three_units_has_no_empty_panel(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    rows = [row(BASELINES[unit], 0, 2.5) for unit in ("lstm", "gru", "tanh")]
+    write_rows(tmp_path / "rows.json", rows)
+    report(tmp_path / "report", f"{tmp_path}/rows.json")
+    pixels = imread(tmp_path / "report/bpc-characters.png")[..., :3]
+    height, width = pixels.shape[:2]
+    assert (pixels[height // 2 + 40 :, width // 2 + 40 :] > 0.99).all()
+    assert not (pixels[height // 2 + 40 :, : width // 2 - 40] > 0.99).all()
+
+
 def test_other_budgets_and_settings_are_not_compared(tmp_path: Path) -> None:
     other = row("gf-lstm-3x140", 0, 1.0, budget={"kind": "characters", "amount": 99.0})
     write_rows(tmp_path / "rows.json", [row("lstm-3x191", 0, 2.5), other])
@@ -311,7 +328,8 @@ def test_a_real_trial_is_kept_and_used(tmp_path: Path, trained: Path) -> None:
     done = warm_python(SCRIPT, *flags, "--optimizers", "adam", "--learning-rates", "0.01", *more)
     assert done.returncode == 0, done.stderr
     assert "LSTM: adam 0.01 for all its models (validation of lstm-3x191); it is at the edge" in done.stdout
-    run = tmp_path / "runs/tune-lstm-3x191-adam-0.01-constant"
+    assert "try --units lstm --optimizers adam --learning-rates 0.0033 too" in done.stdout
+    run = tmp_path / "runs/tune-lstm-3x191-adam-0.01-constant-seed-100"
     assert summary(run)["step"] == 2  # a fifth
     found = json.loads((tmp_path / "runs/tuned.json").read_text())["lstm"]
     assert found["valid_bpc"] == summary(run)["valid_bpc"]
@@ -385,7 +403,9 @@ def test_a_mistake_is_a_line(flags: list[str], said: str, tmp_path: Path, monkey
 
 def test_a_folder_of_something_else(tmp_path: Path, trained: Path) -> None:
     data = trained.parent / "data"
-    plan_of(tmp_path / "runs", data, 10)
+    plan_of(tmp_path / "runs", data, 20)
+    plan_of(tmp_path / "runs", data, 10)  # nothing is trained yet
+    (tmp_path / "runs/trainings.json").write_text("{}")
     with pytest.raises(UserError, match=r"runs is of a budget of 10 updates, not 20 updates: give another folder"):
         plan_of(tmp_path / "runs", data, 20)
     other = tmp_path / "other.txt"

@@ -191,6 +191,9 @@ def test_a_list_of_mistakes_costs_no_more_than_one(body: bytes, server: Server) 
             "/v1/completions", b'{"%s": [%s]}' % (name, b",".join([body] * (900_000 // len(body) // 2)))
         )
         assert status == 400, error
+    biases = b",".join(b'"%x":%s' % (k, body) for k in range(900_000 // (len(body) + 8)))
+    status, error = server.post("/v1/completions", b'{"logit_bias": {%s}}' % biases)
+    assert (status, error["error"]["param"]) == (400, "logit_bias")
     assert time.monotonic() - begin < 5
     after = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
     assert (int(after) - int(before)) * os.sysconf("SC_PAGE_SIZE") < 200 << 20
@@ -201,6 +204,9 @@ def test_a_name_that_is_unknown_is_the_only_one_read(server: Server) -> None:
     status, error = server.post("/v1/completions", {f"field {k}": 1 for k in range(50_000)})
     assert (status, error["error"]["message"]) == (400, "Unrecognized request argument supplied: field 0")
     assert time.monotonic() - begin < 1
+    status, error = server.post("/v1/completions", {"x" * 500_000: 1})
+    assert status == 400
+    assert len(error["error"]["param"]) < 2000
 
 
 def test_a_report_on_too_much(model: Path) -> None:
@@ -294,6 +300,8 @@ def test_what_cannot_be_served_is_one_line(server: Server, model: Path, tmp_path
         ([programs], "only models of text are served"),
         ([programs / "decoder.onnx"], "half of a model of programs"),
         ([model, "--port", str(server.port)], f"cannot listen at 127.0.0.1:{server.port}"),
+        ([model, "--port", "0", "--host", "127.0.0..1"], "cannot listen at 127.0.0..1:0"),
+        ([model, "--port", "0", "--api-key", " "], "the key (--api-key, or GFRNN_API_KEY) is empty"),
         ([model, "--rows", "0"], "--rows is 0; it must be from 1"),
         ([model, "--provider", "cuda"], "CUDA cannot be used here"),
         ([model, "--prot", "1"], "did you mean --port"),

@@ -105,6 +105,21 @@ def test_a_longer_prompt_waits_only_until_the_shorter_is_read(model: Path, sessi
         assert answer["choices"][0]["text"] == as_text(session.generate(f"{prompt} more".encode(), 5, seed=1))
 
 
+def test_who_is_further_waits_for_nobody(model: Path) -> None:
+    """A prompt whose state is known up to near its end, while another request reads all of it from its beginning."""
+    prompt = "".join(chr(97 + k * k % 13) for k in range(16000))
+    with serving(model) as alone:
+        alone.complete(prompt=prompt[:15900], max_tokens=1)
+        behind = alone.open({"text": prompt}, "/v1/score")  # never shares
+        until = time.monotonic() + 10
+        while alone.ask("/healthz")[1]["rows_in_use"] == 0:
+            assert time.monotonic() < until
+        answer = alone.complete(prompt=prompt, max_tokens=1)
+        assert alone.ask("/healthz")[1]["rows_in_use"] == 1  # that one still reads
+        behind.close()
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 15000
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("when", ["before the first byte", "after it"])
 def test_a_client_that_goes_away_frees_its_row(stream: bool, when: str, server: Server) -> None:
@@ -130,7 +145,7 @@ def test_requests_are_counted_by_route_and_those_nobody_waits_for_apart(server: 
     server.wait_until_idle()
     server.ask("/v1/models/small")
     counted = server.ask("/metrics")[1]
-    for path, status in (("/v1/score", 499), ("/v1/models/{model}", 200)):
+    for path, status in (("/v1/score", 499), ("/v1/models/{model:path}", 200)):
         assert f'gfrnn_requests_total{{path="{path}",status="{status}"}} ' in counted
 
 

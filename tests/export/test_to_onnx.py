@@ -146,6 +146,15 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     assert [path.name for path in tmp_path.iterdir()] == ["big.onnx"]
 
 
+def test_the_corpus_where_it_is_now(
+    run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twentieth of it that is validation text, in 32 pieces."""
+    written = ["--output", tmp_path / "step.onnx", "--json", tmp_path / "f.json"]
+    to_onnx(monkeypatch, run, "--corpus-file", text_file, "--data-dir", tmp_path / "data", *written)
+    assert json.loads((tmp_path / "f.json").read_text())["characters"] == len(TEXT) // 20 // 32 * 32
+
+
 # A model that fails is not written ---------------------------------------------------------------------------
 
 

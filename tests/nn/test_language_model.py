@@ -96,7 +96,7 @@ def test_large_model_counts(change, millions):
 @pytest.mark.parametrize("feedback", ["gated", "full", "none"])
 @pytest.mark.parametrize("unit_gates", ["all", "own"])
 def test_scaled_feedback_begins_as_large_as_a_stack(feedback, unit_gates):
-    """What a layer adds of its past has a stack's size, from however many layers it is read; a stack is as it was."""
+    """Before gates, from however many layers it is read; a stack is as it was."""
     settings = ModelSettings(num_layers=3, hidden_size=8, feedback=feedback, unit_gates=unit_gates)
     torch.manual_seed(0)
     usual = LanguageModel(settings)

@@ -160,6 +160,10 @@ def test_what_less_on_the_wire_costs() -> None:
     assert [row[-3:] for row in found.rows] == [["3.000", "+0.000", "12,345"], ["3.020", "+0.020", ""]]
     assert "BPC above that without compression after as many updates, at most: topk +0.020." in made.conclusions
     assert len(section(made, "The model and its residuals").rows) == len(measurements) - 1  # not of topk
+    longer = dataclasses.replace(less, trained_updates=80)  # of another study: no comparison
+    unlike = make([whole, longer, *measurements[2:]], timed)
+    assert [row[-2] for row in section(unlike, "Speed beside what is learned").rows] == ["+0.000", ""]
+    assert not any("BPC above that without compression" in each for each in unlike.conclusions)
 
 
 def test_what_cannot_be_reported_is_a_line() -> None:

@@ -323,6 +323,8 @@ def test_evaluate_a_file(run_folder: Path, tmp_path: Path) -> None:
     assert f"{results['bpc']:.4f}" in found.stdout
     assert "step-00000005" in found.stdout
     assert "run [1]" in found.stdout
+    still = script("evaluate", run_folder, "--text-file", tmp_path / "text", "--dynamic-steps", "5")
+    assert still.stderr == "note: --dynamic-steps has no effect without --dynamic\n"
 
 
 def test_evaluate_says_that_a_rate_spoils_the_model(run_folder: Path, tmp_path: Path) -> None:

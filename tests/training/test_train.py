@@ -296,6 +296,8 @@ def test_a_new_run_starts_from_anothers_checkpoint(whole, tmp_path):
     status, _, err = train(tmp_path / "other", [*FLAGS, "--start-from", str(whole), "--hidden-size", "17"])
     assert status == 2
     assert "is of another model" in err.splitlines()[-1]
+    status, _, err = train(tmp_path / "other", [*FLAGS, "--start-from", str(whole), "--residual"])  # as many weights
+    assert (status, err.splitlines()[-1].endswith("is another model: it takes --no-residual")) == (2, True), err
 
 
 def test_evaluate_and_sample_agree_with_the_run(whole):

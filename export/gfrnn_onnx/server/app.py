@@ -229,7 +229,7 @@ def _add_state_of_things(app: FastAPI, service: Service) -> None:
         """The one model that is served."""
         return Models(data=[service.model()])
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")  # --name may have a slash
     async def model(model: str) -> Model:
         """The same by its name."""
         if model != service.name:

@@ -74,14 +74,16 @@ class States:
 
 def read_texts(prompt: Prompt, param: str, limits: Limits, *, choices: int | None = None) -> list[Given]:
     """A request's texts. Raises ApiError for what is none, for too many (times choices) and for too long ones."""
-    found = texts(prompt, param)
-    if len(found) * (choices or 1) > limits.most_sequences:
+    # counted before they are made: there may be a million
+    count = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    if count * (choices or 1) > limits.most_sequences:
         times = "" if choices is None else f" with n={choices}"
         raise ApiError(
             400,
-            f"{len(found)} texts{times} are more than {limits.most_sequences} sequences",
+            f"{count} texts{times} are more than {limits.most_sequences} sequences",
             param=param if choices is None else "n",
         )
+    found = texts(prompt, param)
     longest = max(len(given.symbols) for given in found)
     if longest > limits.max_prompt_bytes:
         raise ApiError(

@@ -239,7 +239,7 @@ class Engine:
         """Whether it is better to wait until a running job has read their common beginning."""
         best, leader = job.position + _WORTH_WAITING, None
         for other in self.running:
-            if other.start is None and other.position < len(other.symbols) - 1:
+            if other.start is None and job.position <= other.position < len(other.symbols) - 1:
                 length = min(common_length(job.symbols, other.symbols), len(job.symbols) - 1)
                 if length >= best and other.position < length <= other.to_read:
                     best, leader = length, other

@@ -62,6 +62,9 @@ def _main() -> None:
     from gfrnn_onnx.runner import Step
     from gfrnn_onnx.server.app import Service, make_app
 
+    key = os.environ.get("GFRNN_API_KEY") if settings.api_key is None else settings.api_key
+    if key is not None and not key.strip():  # of a variable that is not set, most likely
+        raise UserError("the key (--api-key, or GFRNN_API_KEY) is empty: leave it out to serve without one")
     listener = _listen(settings.host, settings.port)
     provider = None if settings.provider == "auto" else settings.provider
     try:
@@ -71,7 +74,6 @@ def _main() -> None:
         service = Service(step, settings.name or settings.model.stem, settings.limits)
     except ModelError as error:
         raise UserError(str(error)) from error
-    key = settings.api_key or os.environ.get("GFRNN_API_KEY") or None
     app = make_app(service, key)
     config = uvicorn.Config(
         app,
@@ -168,6 +170,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(found[4])
         listener.listen(2048)
-    except OSError as error:
-        raise UserError(f"cannot listen at {host}:{port} ({error.strerror}); give another --host or --port") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no host can have
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot listen at {host}:{port} ({why}); give another --host or --port") from error
     return listener

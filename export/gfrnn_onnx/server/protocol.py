@@ -49,10 +49,12 @@ class ApiError(HTTPException):
         """The error body."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message = readable(self.detail)
-        if len(message) > _LONGEST_MESSAGE:
-            message = message[:_LONGEST_MESSAGE] + "..."
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        param = self.param if self.param is None else _cut(self.param)  # the name of an unknown field, say
+        return {"error": {"message": _cut(readable(self.detail)), "type": kind, "param": param, "code": self.code}}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "..."
 
 
 class ErrorDetail(BaseModel):
@@ -122,8 +124,8 @@ class CompletionRequest(_Request):
     """Only 0."""
     frequency_penalty: Number | None = None
     """Only 0."""
-    logit_bias: dict[str, Number] | None = None
-    """Only empty."""
+    logit_bias: dict[str, Any] | None = None
+    """Only empty; so nothing in it is looked at, nor is there an error for each of a million mistakes."""
     user: StrictStr | None = None
     """Accepted, without effect."""
     state: StrictStr | None = None

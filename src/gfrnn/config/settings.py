@@ -77,8 +77,8 @@ class ModelSettings:
     forget_bias: float = 0.0
     """LSTM: initial bias of the forget gate."""
     scale_feedback: bool = False
-    """Divide initial recurrent weights that are read from n layers by sqrt(n), so that a net with feedback begins with
-    as much of its past as a stack. No effect without feedback."""
+    """Divide initial recurrent weights that are read from n layers by sqrt(n), so that their sum, before any gate,
+    begins as large as a stack's. No effect without feedback."""
     cap_input_gate: bool = False
     """LSTM: the input gate is at most 1 - the forget gate, so that the cell stays in -1 to 1."""
     dropout: float = 0.0
@@ -102,6 +102,12 @@ class DataSettings:
     """Use this file instead: plain, .gz, .xz or .zip; any text or binary file, read as bytes."""
     data_dir: Path = Path("~/.cache/gfrnn")
     """Where corpora are downloaded to and kept as Arrow."""
+
+    def moved(self, corpus_file: Path | None, data_dir: Path | None) -> DataSettings:
+        """The same text, where it is now if it has moved."""
+        return dataclasses.replace(
+            self, corpus_file=corpus_file or self.corpus_file, data_dir=data_dir or self.data_dir
+        )
 
 
 @dataclass(frozen=True)

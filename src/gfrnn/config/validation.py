@@ -60,6 +60,8 @@ def validate(settings: Settings) -> None:
     for flag, value in positive.items():
         if not value > 0:
             raise UserError(f"{flag} is {value}; it must be greater than 0")
+    if 0 < o.halve_on_explosion <= 1:
+        raise UserError(f"--halve-on-explosion is {o.halve_on_explosion}; it must be 0 or greater than 1")
     not_negative = {
         "--embedding-size": m.embedding_size,
         "--reset-every": b.reset_every,
@@ -165,6 +167,8 @@ def without_effect(settings: Settings) -> list[str]:
     if m.unit == "mrnn":
         asked["--recompute"] = settings.batch.recompute > 0
         found += [f"{flag} has no effect on --unit mrnn" for flag, given in asked.items() if given]
+    if m.scale_feedback and (m.feedback == "none" or m.num_layers == 1):
+        found.append("--scale-feedback has no effect without feedback")
     if m.unit_gates == "own" and (m.feedback == "none" or m.unit == "tanh"):
         found.append("--unit-gates own has no effect without feedback, or with --unit tanh")
     other = {
@@ -189,6 +193,8 @@ def without_effect(settings: Settings) -> list[str]:
     ):
         given = [name for name in names if getattr(o, name) != getattr(usual, name)]
         found += [f"--{name.replace('_', '-')} has no effect {why}" for name in given if not use]
+    if o.average != "none" and 0 < settings.run.max_updates <= o.average_from:
+        found.append(f"--average {o.average} has no effect with --average-from {o.average_from}, after the last update")
     if settings.run.patience and not settings.run.valid_every:
         found.append("--patience has no effect with --valid-every 0: it counts validations")
     levels = p.level_programs != ProgramSettings.level_programs

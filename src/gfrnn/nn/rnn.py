@@ -179,7 +179,7 @@ class GatedFeedbackRNN(nn.Module):
             self.get_parameter(f"bias_l{j}").data[2 * H : 3 * H] = value
 
     def scale_feedback(self) -> None:
-        """Divides recurrent weights that are read from n layers by sqrt(n): their sum is then as large as of one."""
+        """Divides recurrent weights that are read from n layers by sqrt(n): before gates their sum is as of one."""
         for name, p in self.named_parameters():
             if name.startswith(("weight_hc", "weight_hu")):
                 p.data /= math.sqrt(p.shape[1] // self.hidden_size)

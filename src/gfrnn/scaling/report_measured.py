@@ -172,4 +172,6 @@ def learning(report: Report, ran: Sequence[Measurement]) -> None:
 
 def _same(one: Measurement, other: Measurement) -> bool:
     """But for the compression."""
-    return one.machine == other.machine and replace(one.point, compression="") == replace(other.point, compression="")
+    if (one.machine, one.trained_updates) != (other.machine, other.trained_updates):
+        return False
+    return replace(one.point, compression="") == replace(other.point, compression="")

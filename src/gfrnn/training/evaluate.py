@@ -84,8 +84,8 @@ def _main() -> None:
     from gfrnn.runs import checkpoint_origin, find_checkpoint, write_json
 
     trained, _ = checkpoint_origin(find_checkpoint(settings.run))  # a wrong path answers before torch
-    for flag in without_effect(settings, trained.task):
-        say(f"note: {flag} has no effect on a model of {trained.task}")
+    for notice in without_effect(settings, trained.task):
+        say(f"note: {notice}")
     if trained.task == "programs":
         from gfrnn.training.evaluate_programs import evaluate_programs
 
@@ -100,13 +100,17 @@ def _main() -> None:
 
 _OF_PROGRAMS = ("nesting", "length", "cell_programs", "show", "csv", "heat_map", "mlflow")
 _OF_TEXT = ("text_file", "corpus_file", "streams", "warmup", "dynamic")
+_OF_DYNAMIC = ("dynamic_learning_rate", "dynamic_decay", "dynamic_steps")
 
 
 def without_effect(settings: EvaluateSettings, task: str) -> list[str]:
-    """Flags that belong to the other task."""
-    names = _OF_TEXT if task == "programs" else _OF_PROGRAMS
+    """Flags that are given and change nothing, each with its reason."""
+    reasons = dict.fromkeys(_OF_TEXT if task == "programs" else _OF_PROGRAMS, f"on a model of {task}")
+    if not settings.dynamic:
+        reasons |= dict.fromkeys(_OF_DYNAMIC, "without --dynamic")
     defaults = {f.name: f.default for f in dataclasses.fields(settings)}
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(settings, name) != defaults[name]]
+    given = [name for name in reasons if getattr(settings, name) != defaults[name]]
+    return [f"--{name.replace('_', '-')} has no effect {reasons[name]}" for name in given]
 
 
 def _validate(settings: EvaluateSettings) -> None:
@@ -220,12 +224,7 @@ def _texts(settings: EvaluateSettings, trained: Settings, corpus_md5: str | None
 
     if settings.text_file is not None:
         return {"text": read_bytes(settings.text_file)}
-    data = trained.data
-    if settings.corpus_file is not None:
-        data = dataclasses.replace(data, corpus_file=settings.corpus_file)
-    if settings.data_dir is not None:
-        data = dataclasses.replace(data, data_dir=settings.data_dir)
-    corpus = load_text(data)
+    corpus = load_text(trained.data.moved(settings.corpus_file, settings.data_dir))
     if corpus_md5 not in (None, corpus.md5):
         raise UserError(
             f"{corpus.name} is not the text that the run was trained on; score it with --text-file, "

@@ -66,9 +66,13 @@ def _main(heart: Heartbeat) -> None:
     if not settings.prepare:
         run.check(settings)
     if settings.start_from is not None and run.named_checkpoint("latest") is None:  # else it goes on from its own
-        other = checkpoint_origin(find_checkpoint(settings.start_from))[0].task
-        if other != settings.task:
-            raise UserError(f"--start-from {settings.start_from} is a model of {other}, not of {settings.task}")
+        other = checkpoint_origin(find_checkpoint(settings.start_from))[0]
+        if other.task != settings.task:
+            raise UserError(f"--start-from {settings.start_from} is a model of {other.task}, not of {settings.task}")
+        for name in ("residual", "cap_input_gate"):  # what differs otherwise has other weights
+            if getattr(other.model, name) != getattr(settings.model, name):
+                flag = f"--{'no-' * getattr(settings.model, name)}{name.replace('_', '-')}"
+                raise UserError(f"--start-from {settings.start_from} is another model: it takes {flag}")
     for notice in without_effect(settings):
         cli.say(f"note: {notice}")
     if settings.dry_run:
@@ -127,7 +131,12 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder, heart: 
             heart.each_beat(lambda: _end_if_taken_over(run, heart))
     tracked = settings.run.mlflow and dist.get_rank() == 0
     tracker = Tracker.start(run.path, settings.run.experiment) if tracked else None
-    trainer = Trainer(settings, ds_config, run, corpus, device, heart)
+    try:
+        trainer = Trainer(settings, ds_config, run, corpus, device, heart)
+    except BaseException:
+        if tracker is not None:
+            tracker.finish(timeout=20)  # or it may still write to the folder when another start has it
+        raise
     with trainer.stop.listening():  # until MLflow has it all: a launcher ends the rest when the first process is gone
         try:
             summary = trainer.fit()

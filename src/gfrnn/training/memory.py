@@ -22,9 +22,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -222,4 +224,8 @@ def resident() -> int:
 
 def peak_resident() -> int:
     """Bytes of this process in memory at most so far."""
+    if sys.platform == "linux":  # whose ru_maxrss may be that of the process which started this one
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+        if found is not None:
+            return 1024 * int(found[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

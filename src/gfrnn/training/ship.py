@@ -82,6 +82,8 @@ def _target(settings: ShipSettings) -> Path:
     shipped.check_name(settings.name)
     if not settings.max_cost >= 0:  # nor nan
         raise UserError(f"--max-cost is {settings.max_cost}; it must not be negative")
+    if settings.streams < 1 or settings.warmup < 0:
+        raise UserError(f"--streams {settings.streams} --warmup {settings.warmup}: give at least 1 and 0")
     if settings.onnx and importlib.util.find_spec("onnx_ir") is None:
         raise UserError("step.onnx needs what is not installed: pip install '.[export]', or give --no-onnx")
     folder = settings.models_dir or shipped.own_models() or shipped.MODELS
@@ -125,11 +127,7 @@ def ship(settings: ShipSettings, trained: Settings, summary: dict[str, Any], tar
 
     checkpoint = find_checkpoint(settings.run)
     _, corpus_md5 = checkpoint_origin(checkpoint)
-    data = dataclasses.replace(
-        trained.data,
-        corpus_file=settings.corpus_file or trained.data.corpus_file,
-        data_dir=settings.data_dir or trained.data.data_dir,
-    )
+    data = trained.data.moved(settings.corpus_file, settings.data_dir)
     corpus = load_text(data)
     # what is said of it from now on has no paths of this machine in it
     own_file = None if corpus.md5 in (each.md5 for each in KNOWN.values()) else Path(corpus.name)
@@ -163,10 +161,11 @@ def ship(settings: ShipSettings, trained: Settings, summary: dict[str, Any], tar
         save_tensors(folder / WEIGHTS, shipped.pack(saved.best_weights, moments, settings.precision))
         _check_size(folder, settings)
         write_json(folder / CONFIG, config)
-        found = {
+        measured = {
             "run": _measure(settings, str(checkpoint), data, "the run's weights"),
             "shipped": _measure(settings, str(folder), data, f"the same in {settings.precision}"),
         }
+        found = {whose: {split: of[f"{split}_bpc"] for split in ("valid", "test")} for whose, of in measured.items()}
         for split, bpc in found["shipped"].items():
             cost = bpc - found["run"][split]
             if not cost <= settings.max_cost:
@@ -175,7 +174,7 @@ def ship(settings: ShipSettings, trained: Settings, summary: dict[str, Any], tar
                     f"{settings.max_cost:g}: not written; take another --precision, or allow it with --max-cost"
                 )
         config |= {"bpc": found["shipped"], "bpc_of_run": found["run"]}
-        config["measured"] = {"streams": settings.streams, "warmup": settings.warmup}
+        config["measured"] = {name: measured["shipped"][name] for name in ("streams", "warmup")}  # as they were used
         write_json(folder / CONFIG, config)
         if settings.onnx:
             text = private / "text"
@@ -200,12 +199,12 @@ def _check_size(folder: Path, settings: ShipSettings) -> None:
         )
 
 
-def _measure(settings: ShipSettings, weights: str, data: DataSettings, what: str) -> dict[str, float]:
-    """BPC by split, as evaluate.py finds it."""
+def _measure(settings: ShipSettings, weights: str, data: DataSettings, what: str) -> dict[str, Any]:
+    """What evaluate.py finds."""
     from gfrnn.training.evaluate import EvaluateSettings, evaluate
 
     say(f"scoring {what}")
-    found = evaluate(
+    return evaluate(
         EvaluateSettings(
             run=weights,
             corpus_file=data.corpus_file,
@@ -215,7 +214,6 @@ def _measure(settings: ShipSettings, weights: str, data: DataSettings, what: str
             device=settings.device,
         )
     )
-    return {split: found[f"{split}_bpc"] for split in ("valid", "test")}
 
 
 def _write_step(folder: Path, text: Path) -> dict[str, Any]:
