@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def draw(lines: Sequence[Line], what: str, path: Path, title: str) -> None:
         axis.legend(frameon=False, fontsize="small")
     for axis in list(axes):
         axis.set_visible(False)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(textwrap.fill(title, 64 * columns), fontsize=10, parse_math=False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
     replace_file(path, picture.getvalue())
