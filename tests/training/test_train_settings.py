@@ -169,6 +169,16 @@ def test_early_stopping(tmp_path):
     assert found["step"] == max(validations(tmp_path / "run"))
 
 
+def test_a_validation_at_an_end_does_not_try_patience(tmp_path):
+    """A run that is longer has none there."""
+    flags = [*SMALL, "--max-updates", "25", "--valid-every", "10", "--patience", "2", "--average", "none"]
+    status, _, err = train(tmp_path / "run", [*flags, "--learning-rate", "1e-30", "--final-learning-rate", "0"])
+    assert status == 0, err
+    assert set(validations(tmp_path / "run")) == {10, 20, 25}
+    assert summary(tmp_path / "run")["best_step"] == 10
+    assert summary(tmp_path / "run")["without_best"] == 1
+
+
 def test_patience_that_is_raised_goes_on(tmp_path):
     run = RunFolder(tmp_path)
     ended = {"finished": True, "step": 40, "total_updates": 400, "without_best": 2}

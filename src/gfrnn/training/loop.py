@@ -162,7 +162,7 @@ class Trainer:
                     self._log(done)
                 due = bool(run.valid_every) and step % run.valid_every == 0
                 if step == self.total or due:
-                    self._validate(check=due)
+                    self._validate(due=due)
                 if done.stop or done.save or (run.checkpoint_every and step % run.checkpoint_every == 0):
                     self._save()
                 if done.stop:
@@ -276,10 +276,11 @@ class Trainer:
         self.plain_model.load_state_dict(best_weights(self.shards, self.average))
         return self.task.validate(self.plain_model)
 
-    def _validate(self, *, check: bool = False) -> None:
+    def _validate(self, *, due: bool = False) -> None:
         """Scores the validation data with the averaged weights (else the weights); a new best is saved as such.
 
-        check: has the task look at it too, at updates that depend on the settings alone: not at an end, which moves.
+        due: at an update that --valid-every alone names, not at an end, which moves: the task looks too, and one
+            without a new best counts towards --patience.
         """
         position = self.position
         figures = self.score()
@@ -290,12 +291,12 @@ class Trainer:
         if best:
             position.best, position.best_step, position.without_best = figures, position.step, 0
         else:
-            position.without_best += self.task.as_hard_as_validation
+            position.without_best += due and self.task.as_hard_as_validation
         self._write_line(
             {"step": position.step, "epoch": self._epoch, **_named("valid", figures), **self.task.dynamics()}
         )
         self.progress.say(f"update {position.step}: validation {describe(figures)}{' (best so far)' if best else ''}")
-        changed = self.task.check(position.step, self.plain_model) if check else None
+        changed = self.task.check(position.step, self.plain_model) if due else None
         if changed is not None:
             self.progress.say(changed)
         if best:
