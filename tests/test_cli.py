@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import IO
 
 import pytest
 
 from gfrnn import cli
-from gfrnn.config import Settings, UserError, preset
+from gfrnn.config import DataSettings, Settings, UserError, preset
 from launch import environment
 
 
@@ -39,6 +40,18 @@ def test_flags_are_flat_and_override_the_preset() -> None:
     assert str(settings.data.corpus_file) == "x.txt"
     assert settings.model.hidden_size == preset("demo").model.hidden_size
     assert parse() == preset("demo")
+
+
+def test_the_home_folder_is_found_as_a_shell_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = parse("--corpus-file=~/x.txt", "--output-dir=~/runs/a")
+    assert (settings.data.corpus_file, settings.output_dir) == (tmp_path / "x.txt", tmp_path / "runs/a")
+    assert settings.data.data_dir == DataSettings.data_dir  # whoever reads config.json has another home
+    assert parse("--corpus-file=~book.txt").data.corpus_file == Path("~book.txt")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without a home, as in containers
+    with pytest.raises(UserError, match="no home folder here; give another path"):
+        parse("--corpus-file=~/x.txt")
 
 
 def test_the_launchers_own_flag_is_ignored() -> None:

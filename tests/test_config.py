@@ -115,8 +115,8 @@ def test_out_of_range_is_refused_by_flag_and_value(name: str, value: float) -> N
     [
         ({"vocab_size": 205}, "--vocab-size"),
         ({"unit": "mrnn"}, "--num-layers 1 --feedback none"),
-        ({"unit": "gru", "forget_bias": 1.0}, "--forget-bias"),
-        ({"hidden_bias": True}, "--hidden-bias"),
+        ({"unit": "gru", "forget_bias": 1.0}, "add --forget-bias 0"),
+        ({"hidden_bias": True}, "add --no-hidden-bias"),
         (
             {"unit": "gru", "forget_bias": 0.0, "cap_input_gate": True},
             "--cap-input-gate belongs to --unit lstm, not gru",

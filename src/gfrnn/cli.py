@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import io
 import logging
@@ -20,7 +21,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from gfrnn.config import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, RunFailed, Stopped, UserError
+from gfrnn.config import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    DataSettings,
+    RunFailed,
+    Stopped,
+    UserError,
+    at_home,
+)
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
@@ -53,11 +64,24 @@ def parse(settings: type[T], argv: Sequence[str], default: T | None = None) -> T
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(errors):
-            return cast(T, tyro.cli(settings, args=args, config=(tyro.conf.OmitArgPrefixes,), **given))
+            return _at_home(cast(T, tyro.cli(settings, args=args, config=(tyro.conf.OmitArgPrefixes,), **given)))
     except SystemExit as end:
         if end.code in (0, None):
             raise
     raise UserError(_one_line(errors.getvalue()))
+
+
+def _at_home(settings: T) -> T:
+    """With `~` in paths as the home folder: shells leave it in --flag=~/path. (A default is expanded where it is read,
+    whoever that is by then.)"""
+    changed: dict[str, Any] = {}
+    for each in dataclasses.fields(cast(Any, settings)):
+        value = getattr(settings, each.name)
+        if dataclasses.is_dataclass(value):
+            changed[each.name] = _at_home(value)
+        elif isinstance(value, Path) and value != DataSettings.data_dir:
+            changed[each.name] = at_home(value)
+    return cast(T, dataclasses.replace(cast(Any, settings), **changed))
 
 
 def _one_line(box: str) -> str:

@@ -405,6 +405,7 @@ from gfrnn.data import corpus
 data_dir, name, event, ending, size, md5 = sys.argv[1:]
 logging.basicConfig(level=logging.INFO)
 corpus.KNOWN["enwik8"] = corpus.Identity(int(size), md5)
+corpus.KNOWN["enwik8-4m"] = corpus.Identity(1_000_000, "beginning")
 
 def die(now, arguments):
     if now == event and str(arguments[0]).endswith(ending):
@@ -453,6 +454,18 @@ def test_a_waiting_process_takes_over_from_one_that_is_killed(server: Server, tm
     assert second.communicate(timeout=30)[0] == LOADED
     assert [asked for _, asked in server.requests] == [None, None]
     assert os.listdir(tmp_path / "downloads") == ["enwik8.zip"]
+
+
+def test_corpora_that_are_cut_from_the_same_are_fetched_once(server: Server, tmp_path: Path) -> None:
+    server.cuts, server.hold = [2_000_000], threading.Event()
+    whole = _child(tmp_path)
+    assert server.asked.wait(30)
+    beginning = _child(tmp_path, "enwik8-4m")
+    assert beginning.stderr
+    assert "another process prepares the corpus" in beginning.stderr.readline()
+    server.hold.set()
+    assert whole.communicate(timeout=60)[0] == LOADED
+    assert beginning.communicate(timeout=60) == ("beginning 900000 50000 50000\n", "")
 
 
 @pytest.mark.parametrize(

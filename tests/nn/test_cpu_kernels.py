@@ -91,14 +91,19 @@ def test_what_is_not_contiguous_is_refused():
         cpu_kernels.gates_forward(x, torch.zeros(4, 3), torch.zeros(4, 2, 3))
 
 
-def test_under_autocast_products_are_of_another_type():
-    rnn = make("lstm", "gated", "own", "plain", (3, 33, 3)).float()
+@pytest.mark.parametrize("unit", ["lstm", "gru"])
+def test_under_autocast_products_are_of_another_type(unit):
+    rnn = make(unit, "gated", "own", "plain", (3, 33, 3)).float()
     x = torch.randn(4, 20, 3)
     expected, _ = rnn(x)
+    expected_slopes = torch.autograd.grad(expected.sum(), list(rnn.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = rnn(x)
+    slopes = torch.autograd.grad(found.sum(), list(rnn.parameters()))
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
     assert not torch.equal(found, expected)
+    for slope, close in zip(slopes, expected_slopes, strict=True):
+        torch.testing.assert_close(slope, close, rtol=0, atol=0.1 * close.abs().max().item())
 
 
 @pytest.mark.usefixtures("fresh")

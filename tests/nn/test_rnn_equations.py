@@ -155,6 +155,7 @@ def test_symbols_are_one_hot_vectors():
     symbols = torch.randint(0, 3, (5, 4))
     one_hot = torch.nn.functional.one_hot(symbols, 3).double()
     torch.testing.assert_close(rnn.eval()(symbols)[0], rnn.eval()(one_hot)[0], rtol=0, atol=1e-12)
+    assert torch.equal(rnn(symbols.byte())[0], rnn(symbols)[0])
     noise = Noise(0, 1, torch.arange(4))
     rnn.train()
     torch.testing.assert_close(rnn(symbols, noise=noise)[0], rnn(one_hot, noise=noise)[0], rtol=0, atol=1e-12)

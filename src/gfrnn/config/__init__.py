@@ -34,6 +34,7 @@ from gfrnn.config.settings import (
     Task,
     UnitGates,
     UserError,
+    at_home,
 )
 from gfrnn.config.validation import check_difficulty, validate, without_effect
 
@@ -67,6 +68,7 @@ __all__ = [
     "Task",
     "UnitGates",
     "UserError",
+    "at_home",
     "check_difficulty",
     "matched_stack",
     "model_sizes",

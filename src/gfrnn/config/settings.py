@@ -46,6 +46,16 @@ class RunFailed(Exception):
     """The run itself failed, for example a loss that is not finite. Shown as one line with exit status 3."""
 
 
+def at_home(path: Path) -> Path:
+    """With its `~` as the home folder. Raises UserError for a user without one."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        if path.parts[0] != "~":  # a name that begins so
+            return path
+        raise UserError(f"{path}: there is no home folder here; give another path") from error
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """The network."""
@@ -88,7 +98,7 @@ class ModelSettings:
     output_dropout: float = 0.0
     """Locked dropout on what the softmax reads."""
     weight_dropout: float = 0.0
-    """Dropout on the recurrent weights, one mask an update."""
+    """Dropout on the recurrent weights (not those of global gates), one mask an update."""
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,9 @@ def validate(settings: Settings) -> None:
             "add --num-layers 1 --feedback none --no-layer-norm --forget-bias 0"
         )
     if m.hidden_bias and m.unit != "gru":
-        raise UserError(f"--hidden-bias belongs to --unit gru, not {m.unit}")
+        raise UserError(f"--hidden-bias belongs to --unit gru, not {m.unit}: add --no-hidden-bias")
     if m.forget_bias and m.unit != "lstm":
-        raise UserError(f"--forget-bias belongs to --unit lstm, not {m.unit}")
+        raise UserError(f"--forget-bias belongs to --unit lstm, not {m.unit}: add --forget-bias 0")
     if m.cap_input_gate and m.unit != "lstm":
         raise UserError(f"--cap-input-gate belongs to --unit lstm, not {m.unit}: leave it out")
     if c.compression_share > 1:

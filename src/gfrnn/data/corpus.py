@@ -36,7 +36,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from gfrnn.config import BatchSettings, DataSettings, UserError
+from gfrnn.config import BatchSettings, DataSettings, UserError, at_home
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +98,10 @@ def load_text(settings: DataSettings) -> Text:
     Any number of processes may call this at the same time on one folder: one works, the others wait for it.
     Raises UserError for a corpus that cannot be had, read or kept.
     """
-    root = data_folder(settings.data_dir)
+    root = at_home(settings.data_dir)
     read: Callable[[], bytearray]  # called only where the text is not built yet
     if settings.corpus_file is not None:
-        path = settings.corpus_file.expanduser()
+        path = at_home(settings.corpus_file)
         identity = _identify(path)
         name = _name(path, identity, settings.corpus)
         read = partial(_read, path, identity, "the text that it was a moment ago", "wait until nothing writes to it")
@@ -133,14 +133,6 @@ def load_text(settings: DataSettings) -> Text:
         raise UserError(
             f"cannot keep the corpus in {root}: {error.strerror}; make room there or give another folder, --data-dir"
         ) from error
-
-
-def data_folder(data_dir: Path) -> Path:
-    """Where --data-dir is; raises UserError if that is the home folder of a user without one."""
-    try:
-        return data_dir.expanduser()
-    except RuntimeError as error:  # in a container
-        raise UserError(f"--data-dir {data_dir}: there is no home folder here; give another one") from error
 
 
 def segments_per_epoch(size: int, rows: int, steps: int) -> int:
@@ -313,9 +305,14 @@ def _beginning(name: str, size: int, folder: Path) -> bytearray:
 
 def _obtain(name: str, expected: Identity, folder: Path) -> bytearray:
     """The plain bytes of a corpus that lies in the downloads folder, or is fetched into it."""
-    for path in map(folder.joinpath, _file_names(name)):
-        if path.exists():
-            return _read(path, expected, name, "delete it, or give it with --corpus-file")
+    with only_one(folder.with_name(f".{name}.lock")):  # another corpus may be cut from the same
+        for path in map(folder.joinpath, _file_names(name)):
+            if path.exists():
+                return _read(path, expected, name, "delete it, or give it with --corpus-file")
+        return _fetch(name, expected, folder)
+
+
+def _fetch(name: str, expected: Identity, folder: Path) -> bytearray:
     folder.mkdir(exist_ok=True)
     url = os.environ.get("GFRNN_CORPUS_URL", URL).rstrip("/") + f"/{name}.zip"
     target = folder / f"{name}.zip"

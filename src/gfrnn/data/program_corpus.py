@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from gfrnn.config import LADDERS, BatchSettings, ProgramSettings, Settings
-from gfrnn.data.corpus import Text, data_folder, load_text
+from gfrnn.config import LADDERS, BatchSettings, ProgramSettings, Settings, at_home
+from gfrnn.data.corpus import Text, load_text
 from gfrnn.data.programs import GENERATOR_VERSION, ProgramTable, Recipe, Split, ladder
 
 
@@ -17,7 +17,7 @@ class ProgramCorpus:
     """
 
     def __init__(self, settings: ProgramSettings, data_dir: Path):
-        self.settings, self.root = settings, data_folder(data_dir)
+        self.settings, self.root = settings, at_home(data_dir)
         p = settings
         self.name = f"programs (length {p.length}, nesting {p.nesting}, {p.curriculum})"
         self.md5 = hashlib.md5(GENERATOR_VERSION.encode(), usedforsecurity=False).hexdigest()

@@ -35,8 +35,8 @@ import pyarrow as pa
 from datasets.builder import Key
 from multiprocess.util import register_after_fork  # type: ignore[import-untyped]  # whose processes datasets uses
 
-from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, Curriculum, UserError
-from gfrnn.data.corpus import Bytes, data_folder, only_one
+from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, Curriculum, UserError, at_home
+from gfrnn.data.corpus import Bytes, only_one
 from gfrnn.data.programs import GENERATOR_VERSION, UNKNOWN, ProgramTable, Recipe, Split, places
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def load_programs(
         "start": start,
     }
     config = ProgramsConfig(**settings)
-    root = data_folder(data_dir)
+    root = at_home(data_dir)
     folder = root / "arrow" / f"programs-{GENERATOR_VERSION}-{config.name}"
     try:
         if not folder.is_dir():

@@ -85,7 +85,8 @@ def read_input(
     if noise is not None and dropout:
         mask_BI = noise.row_mask(PLACE_INPUT, weight_NI.shape[1], dropout).to(dtype)
     if not input.is_floating_point():
-        return InputPart(weight_NI, input, None if mask_BI is None else mask_BI.T.gather(0, input))
+        symbols_TB = input.long()  # bytes, say
+        return InputPart(weight_NI, symbols_TB, None if mask_BI is None else mask_BI.T.gather(0, symbols_TB))
     x_TBI = input.to(dtype)
     if mask_BI is not None:
         x_TBI = x_TBI * mask_BI

@@ -56,7 +56,7 @@ class GatedFeedbackRNN(nn.Module):
         batch_first: input and output are [B, T, ..]; states stay [L, B, H].
         dropout: locked dropout between layers, one mask a row for all steps.
         input_dropout: locked dropout on the input (of integer input: of whole symbols).
-        weight_dropout: dropout on the recurrent weights, one mask a call.
+        weight_dropout: dropout on the recurrent weights (not those of global gates), one mask a call.
         layer_norm: normalise every unit pre-activation over H, and the LSTM's cell before its tanh.
         hidden_bias: GRU: a bias inside the product with the reset gate, as torch.nn.GRU has.
         cap_input_gate: LSTM: the input gate is at most 1 - the forget gate (Melis et al. 2020, arXiv 1909.01792).

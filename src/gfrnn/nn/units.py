@@ -80,7 +80,8 @@ def gru_gates_forward(n_HB: Tensor, u_2HB: Tensor, s_HB: Tensor) -> None:
 
 def gru_output_forward(n_HB: Tensor, u_2HB: Tensor, h_HB: Tensor, h_next_HB: Tensor) -> None:
     """h_next = z * h + (1 - z) * n."""
-    torch.lerp(n_HB, h_HB, u_2HB[1], out=h_next_HB)
+    dtype = h_HB.dtype  # autocast's products may be of another
+    torch.lerp(n_HB.to(dtype), h_HB, u_2HB[1].to(dtype), out=h_next_HB)
 
 
 def gru_output_backward(d_h_HB: Tensor, n_HB: Tensor, u_2HB: Tensor, h_HB: Tensor, d_3HB: Tensor) -> Tensor:

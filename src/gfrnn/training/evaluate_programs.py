@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfrnn.cli import say
-from gfrnn.config import Settings, UserError, check_difficulty
+from gfrnn.config import Settings, UserError, at_home, check_difficulty
 from gfrnn.runs import (
     RunFolder,
     checkpoint_origin,
@@ -37,13 +37,12 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
     for run in runs:
         if checkpoint_origin(find_checkpoint(run))[0].task != "programs":
             raise UserError(f"{run} is a model of text; give one of programs (train.py --task programs)")
-    from gfrnn.data.corpus import data_folder
     from gfrnn.nn import EncoderDecoder
     from gfrnn.training.evaluate import progress_bar
     from gfrnn.training.grid import score_grid
     from gfrnn.training.sample import device_of
 
-    data_dir = data_folder(settings.data_dir or trained.data.data_dir)
+    data_dir = at_home(settings.data_dir or trained.data.data_dir)
     device = device_of(settings.device)
     models, paths = [], []
     for run in runs:
