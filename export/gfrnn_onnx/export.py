@@ -18,8 +18,6 @@ from gfrnn_onnx.names import DECODER, ENCODER, WEIGHTS, Kind, Metadata
 from gfrnn_onnx.precision import MEANING, Precision
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from gfrnn.data.program_batches import ProgramBatch
     from gfrnn.nn import Model
     from gfrnn.nn.language_model import SymbolRNN
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
 _PIECES = 32  # that held-out text is read in, side by side
 _PROGRAMS = 256  # held out, that a program model is checked on
 _MOST_UNROLL = 256
+_OTHER_FORMATS = (".json", ".onnxjson", ".onnxtext", ".onnxtxt", ".ort", ".pbtxt", ".prototxt", ".textproto", ".txtpb")
+"""Endings that mean another format to onnx, or to ONNX Runtime."""
 _MOST_COST = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.01, "int8": 0.01, "int4": 0.5}
 """Bits a character that a precision may add before the export counts as failed."""
 _MOST_ROUNDINGS = 10
@@ -115,6 +115,8 @@ def _validate(settings: ExportSettings, trained: Settings) -> Path:
         raise UserError(f"--output {output}: a model of programs is a folder of two files, and there a file is")
     if not programs and output.is_dir():
         raise UserError(f"--output {output}: is a folder; give the name of a file")
+    if not programs and output.suffix in _OTHER_FORMATS:
+        raise UserError(f"--output {output}: its ending means another format; give a name that ends in .onnx")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(f"--output {output}: cannot be written: give a name in a folder that exists")
     if settings.json is not None:
@@ -130,7 +132,7 @@ def export(
     settings: ExportSettings, checkpoint: Path, trained: Settings, corpus_md5: str | None, output: Path
 ) -> dict[str, Any]:
     """Builds, checks, and only then puts in place. Returns the figures by name; raises UserError if a check fails."""
-    from gfrnn.runs import hidden_folder, load_model
+    from gfrnn.runs import hidden_folder, load_model, sync
 
     held_out = _held_out(settings, trained, corpus_md5)  # what cannot be found is said before the work
     model, _, _ = load_model(checkpoint, "fp32")
@@ -143,6 +145,8 @@ def export(
             output.mkdir(exist_ok=True)
         place = output if programs else output.parent
         made = sorted(file.name for file in folder.iterdir())
+        for name in made:  # before the renaming, or a power cut may leave an empty file there
+            sync(folder / name)
         for name in reversed(made):  # weights beside a file come before it
             (folder / name).replace(place / name)
         for name in made:  # those of an earlier, larger model
@@ -172,18 +176,18 @@ def _write(
     from gfrnn.nn import EncoderDecoder
     from gfrnn_onnx.runner import Step
     from gfrnn_onnx.session import Session
-    from gfrnn_onnx.step import build_step, save_step
+    from gfrnn_onnx.step import add_bpc, build_step, save_step
     from gfrnn_onnx.verify import check_operators, exported_program_bpc, program_bpc, text_bpc
 
     metadata = _metadata(settings, checkpoint, trained)
-    models: dict[str, ir.Model] = {}
     steps: dict[str, Step] = {}
     worst: list[Differences] = []
     for file, (net, kind, symbols) in _nets(model, name).items():
-        own = dataclasses.replace(metadata, kind=kind, symbols=symbols, settings=dataclasses.asdict(net.settings))
+        shape = dataclasses.asdict(net.settings)
+        own = dataclasses.replace(metadata, kind=kind, symbols=symbols, settings=shape, bpc={})
         say(f"{file}: {settings.precision}, {MEANING[settings.precision]}")
-        models[file] = build_step(net, precision=settings.precision, unroll=settings.unroll, gates=settings.gates)
-        save_step(models[file], own, folder / file)
+        built = build_step(net, precision=settings.precision, unroll=settings.unroll, gates=settings.gates)
+        save_step(built, own, folder / file)
         check_operators(folder / file, settings.precision)
         steps[file] = Step(folder / file, "cpu")
         worst.append(_check(settings, steps[file], net))
@@ -208,9 +212,8 @@ def _write(
             "written; take another --precision, or allow it with --max-cost"
         )
     bpc = {**metadata.bpc, "trained": trained_bpc, "exported": exported_bpc}
-    for file, each in models.items():
-        own = dataclasses.replace(Metadata.from_properties(each.metadata_props), bpc=bpc)
-        save_step(each, own, folder / file)
+    for file in steps:  # to the files that were checked
+        add_bpc(folder / file, bpc)
     return {
         "precision": settings.precision,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -286,6 +289,9 @@ def _held_out(settings: ExportSettings, trained: Settings, corpus_md5: str | Non
         recipe = Recipe(made.length, made.nesting, seed=made.program_seed, split="valid")
         table = ProgramTable.of(recipe.programs(0, _PROGRAMS * settings.unroll))
         fitting = np.flatnonzero(table.source_lengths % settings.unroll == 0)[:_PROGRAMS]
+        if not len(fitting):
+            K = settings.unroll
+            raise UserError(f"--unroll {K}: no validation program has a length that {K} divides; take a smaller one")
         return pad(table, fitting, torch.device("cpu"))
     from gfrnn.data import load_text, read_bytes
 

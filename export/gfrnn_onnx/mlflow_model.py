@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from gfrnn.cli import say
 from gfrnn.config import UserError
 from gfrnn.runs import RunFolder
 from gfrnn_onnx.names import DECODER, ENCODER, WEIGHTS
@@ -25,8 +27,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 def register(model: Path, name: str, run_dir: Path) -> list[str]:
     """Logs a model to the MLflow run that follows a run folder (else to a new one) and registers it under a name.
 
-    Of programs, both halves: NAME-encoder and NAME-decoder. Returns their addresses, models:/NAME/VERSION. Raises
-    UserError if MLflow cannot be reached or does not take the name.
+    Of programs, both halves: NAME-encoder and NAME-decoder. Returns their addresses, models:/NAME/VERSION, and says how
+    to serve them. Raises UserError if MLflow cannot be reached or does not take the name.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own 7 take minutes
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -50,7 +52,7 @@ def register(model: Path, name: str, run_dir: Path) -> list[str]:
         before = mlflow.get_run(run_id).info.status if run_id else "FINISHED"
         mlflow.start_run(run_id, run_name=None if run_id else run_dir.name)
         try:
-            return [_log(each, own) for own, each in parts.items()]
+            found = [_log(each, own) for own, each in parts.items()]
         finally:
             mlflow.end_run(before)
     except (MlflowException, OSError) as error:
@@ -58,6 +60,10 @@ def register(model: Path, name: str, run_dir: Path) -> list[str]:
         raise UserError(
             f"--register {name}: MLflow at {without_password(uri)} fails ({reason}); {model} is there"
         ) from error
+    for each in found:
+        store = f"MLFLOW_TRACKING_URI={shlex.quote(without_password(uri))}"
+        say(f"to serve it: {store} mlflow models serve -m {shlex.quote(each)} --env-manager local")
+    return found
 
 
 def _log(path: Path, name: str) -> str:

@@ -18,6 +18,8 @@ ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 WEIGHTS = ".data"
 """What follows a file's name in that of its weights, where they are too large to be inside."""
 
+PREFIX = "gfrnn."
+"""Of the names of properties."""
 FORMAT = 1
 """Of the properties; a file with another number is of another version of this package."""
 
@@ -47,7 +49,7 @@ def find_model(model: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a step says about itself, in the file's metadata_props, each name with "gfrnn." before it."""
+    """What a step says about itself, in the file's metadata_props, each name with PREFIX before it."""
 
     kind: Kind
     """Of text, or which half of a program model."""
@@ -70,14 +72,16 @@ class Metadata:
     """Of what made the file."""
 
     def to_properties(self) -> dict[str, str]:
-        """As a file carries it."""
+        """As a file carries it; no bpc yet where it is empty."""
         values = {"format": FORMAT, **dataclasses.asdict(self)}
-        return {f"gfrnn.{name}": v if isinstance(v, str) else json.dumps(v) for name, v in values.items()}
+        if not self.bpc:
+            del values["bpc"]
+        return {PREFIX + name: v if isinstance(v, str) else json.dumps(v) for name, v in values.items()}
 
     @classmethod
     def from_properties(cls, properties: dict[str, str]) -> Metadata:
         """The reverse. Raises ModelError for a file of another kind or version."""
-        found = {name.removeprefix("gfrnn."): v for name, v in properties.items() if name.startswith("gfrnn.")}
+        found = {name.removeprefix(PREFIX): v for name, v in properties.items() if name.startswith(PREFIX)}
         if "format" not in found:
             raise ModelError("was not exported by gfrnn: it has no gfrnn.format among its properties")
         if found.pop("format") != str(FORMAT):

@@ -35,7 +35,7 @@ class Step:
 
     Args:
         path: the .onnx file.
-        provider: "cpu" or "cuda"; None: CUDA where it works, else the CPU.
+        provider: "cpu" or "cuda"; None: CUDA where it works, else (and for int8) the CPU.
         threads: of the CPU's products; None: ONNX Runtime's choice, one a physical core.
         cuda_graphs: on CUDA, replay each run as one launch, where that is possible.
 
@@ -60,16 +60,24 @@ class Step:
             raise ModelError("CUDA cannot be used here: there is no driver; take the provider 'cpu'")
         self.threads, self.graphs = threads, False
         wanted: Provider = provider or ("cuda" if _has_cuda_driver() else "cpu")
-        self.session = self._load(wanted, cuda_graphs)
+        why = ""
+        try:
+            self.session = self._load(wanted, cuda_graphs)
+        except ModelError as error:
+            if wanted == "cpu" or provider == "cuda":
+                raise
+            self.session, why = self._load("cpu", graphs=False), f" ({error})"  # its memory may be full
         self.provider: Provider = "cuda" if self.session.get_providers()[0] == _PROVIDERS["cuda"] else "cpu"
         if provider == "cuda" and self.provider != "cuda":
             raise ModelError("CUDA cannot be used here: see what ONNX Runtime says, or take the provider 'cpu'")
         if wanted != self.provider:
-            log.warning("CUDA cannot be used here: on the CPU")
+            log.warning("CUDA cannot be used here%s: on the CPU", why)
         try:
             self.metadata = Metadata.from_properties(self.session.get_modelmeta().custom_metadata_map)
         except ModelError as error:
             raise ModelError(f"{path} {error}") from error
+        if provider is None and self.provider == "cuda" and self.metadata.precision == "int8":
+            self.session, self.provider = self._load("cpu", graphs=False), "cpu"  # CUDA has no such products
         self.inputs = [each.name for each in self.session.get_inputs()]
         self.outputs = [each.name for each in self.session.get_outputs()]
         states = [names.H, names.C][: len(self.inputs) - 1]
@@ -95,11 +103,13 @@ class Step:
         options.log_severity_level = 3
         providers: list[Any] = [_PROVIDERS["cpu"]]
         if provider == "cuda":
-            with contextlib.redirect_stdout(sys.stderr):  # it says there what it does not find
-                ort.preload_dlls()
-            providers.insert(0, (_PROVIDERS["cuda"], {"enable_cuda_graph": "1"} if graphs else {}))
+            exact = {"use_tf32": "0"}  # or products in fp32 would have 10 bits of fp32's 23
+            providers.insert(0, (_PROVIDERS["cuda"], exact | ({"enable_cuda_graph": "1"} if graphs else {})))
         try:
-            session = ort.InferenceSession(str(self.path), options, providers=providers)
+            with contextlib.redirect_stdout(sys.stderr):  # they say there what they do not find
+                if provider == "cuda":
+                    ort.preload_dlls()
+                session = ort.InferenceSession(str(self.path), options, providers=providers)
         except Exception as error:  # ONNX Runtime has a class of its own for each code, none of them public
             if provider == "cuda" and graphs:
                 log.warning("CUDA graphs cannot be used here (%s): launches one by one", _first_line(error))

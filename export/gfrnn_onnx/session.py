@@ -28,7 +28,7 @@ class Session:
 
     Args:
         path: the file, the folder, or the name of a model that ships.
-        provider: "cpu" or "cuda"; None: CUDA where it works, else the CPU. `provider` then says which it is.
+        provider: "cpu" or "cuda"; None: CUDA where it works, else (and for int8) the CPU. `provider` then says which.
         threads: of the CPU's products; None: one a physical core.
 
     Raises:
@@ -50,6 +50,7 @@ class Session:
             if self._step.metadata.kind != "text":
                 raise ModelError(f"{path} is half of a model of programs: give its folder")
         self._rows: dict[int, Rows] = {}
+        self._encoder_rows: Rows | None = None
 
     @property
     def metadata(self) -> Metadata:
@@ -214,7 +215,10 @@ class Session:
         unknown = sorted(set(program) - set(symbols))
         if unknown:
             raise ValueError(f"programs have no {unknown[0]!r}: they are made of {symbols!r}")
-        rows = Rows(self.encoder, 1)
+        if self._encoder_rows is None:
+            self._encoder_rows = Rows(self.encoder, 1)
+        rows = self._encoder_rows
+        rows.clear()
         for character in program:
             rows.symbols[0] = symbols.index(character)
             rows.run(1)

@@ -12,6 +12,7 @@ Y width of the net's output, V symbols. A layer's columns have the order unit ga
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from gfrnn.nn.language_model import SymbolRNN
 from gfrnn.nn.plan import LayerWeights
 from gfrnn.nn.units import NORM_EPS
 from gfrnn_onnx import names
-from gfrnn_onnx.names import WEIGHTS, Metadata
+from gfrnn_onnx.names import PREFIX, WEIGHTS, Metadata
 from gfrnn_onnx.precision import Precision
 from gfrnn_onnx.products import Products
 
@@ -151,6 +153,13 @@ def save_step(model: ir.Model, metadata: Metadata, path: Path) -> None:
     model.metadata_props.update(metadata.to_properties())
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     ir.save(model, path, external_data=path.name + WEIGHTS if size > LARGEST_FILE else None)
+
+
+def add_bpc(path: Path, bpc: dict[str, float]) -> None:
+    """Adds bits a character to a step that was saved without: protobuf reads messages one after another as one."""
+    entry = onnx.StringStringEntryProto(key=f"{PREFIX}bpc", value=json.dumps(bpc))
+    with path.open("ab") as file:
+        file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
 
 
 def _named(value: ir.Value, name: str, shape: list[Any]) -> ir.Value:

@@ -29,6 +29,8 @@ from gfrnn_onnx.state import State
 
 Symbols = npt.NDArray[np.int64]
 
+_SEGMENT = 512  # steps of held-out text at once: the logits of all would be gigabytes
+
 
 class Differences(NamedTuple):
     """The largest |difference| over random symbols."""
@@ -109,8 +111,13 @@ def _distance(ours: npt.NDArray[np.float32], theirs: Tensor) -> float:
 def text_bpc(model: LanguageModel, pieces: Sequence[bytes]) -> float:
     """Bits a byte that pieces of equal length cost the model, each a text of its own."""
     symbols_TB = torch.tensor([[NEWLINE, *piece] for piece in pieces]).T
-    logits_TBV, _ = model.eval()(symbols_TB[:-1])
-    return bits_TB(logits_TBV, symbols_TB[1:]).double().mean().item()
+    model.eval()
+    bits, state = 0.0, None
+    for begin in range(0, len(symbols_TB) - 1, _SEGMENT):
+        part_TB = symbols_TB[begin : begin + _SEGMENT + 1]
+        logits_TBV, state = model(part_TB[:-1], state)
+        bits += bits_TB(logits_TBV, part_TB[1:]).double().sum().item()
+    return bits / symbols_TB[1:].numel()
 
 
 @torch.no_grad()

@@ -34,12 +34,16 @@ def tracking(tmp_path: Path, mlflow_tables: Path, monkeypatch: pytest.MonkeyPatc
     return uri
 
 
-def test_registered_it_answers_a_step(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_it_answers_a_step(
+    tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = save_run(tmp_path / "run", dataclasses.replace(preset("demo"), model=SMALL), language_model(spread=1.0))
     (tmp_path / "text").write_bytes(TEXT)
     flags = [run, "--text-file", tmp_path / "text", "--output", tmp_path / "m.onnx"]
     to_onnx(monkeypatch, *flags, "--register", "bytes", "--triton", tmp_path / "triton")
     assert (tmp_path / "triton/m/config.pbtxt").exists()
+    serve = "mlflow models serve -m models:/bytes/1 --env-manager local"
+    assert f"to serve it: MLFLOW_TRACKING_URI={tracking} {serve}\n" in capsys.readouterr().err
     client = mlflow.MlflowClient(tracking)
     assert client.get_model_version("bytes", "1").status == "READY"
     signature = mlflow.models.get_model_info("models:/bytes/1").signature

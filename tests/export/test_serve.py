@@ -137,6 +137,17 @@ def test_an_echoed_prompt_comes_as_it_is_read(server: Server) -> None:
             assert len(part["logprobs"]["tokens"]) == len(part["text"].encode())
 
 
+def test_the_first_symbol_is_one_that_the_model_wrote(server: Server) -> None:
+    for asked, counted in (
+        ({"max_tokens": 0, "echo": True}, 0),
+        ({"max_tokens": 2, "echo": True, "logprobs": 0}, 1),
+        ({"max_tokens": 2}, 1),
+    ):
+        before = server.metric("gfrnn_first_symbol_seconds_count")
+        server.events(prompt="abc", **asked)
+        assert server.metric("gfrnn_first_symbol_seconds_count") - before == counted, asked
+
+
 def test_what_is_cached_is_a_part_of_the_prompts(server: Server) -> None:
     before = server.metric("gfrnn_cached_symbols_total")
     usage = server.complete(prompt="what is this " * 70, n=5, max_tokens=1)["usage"]

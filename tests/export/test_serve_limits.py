@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import re
@@ -12,15 +13,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import openai
+import psutil
 import pytest
 from exported import encoder_decoder, language_model, save_programs, save_step
 from serving import Server, as_text, serving
 
 from gfrnn_onnx import Session
+from gfrnn_onnx.runner import Step
+from gfrnn_onnx.server import app, completions
+from gfrnn_onnx.server.app import Service, make_app
+from gfrnn_onnx.server.limits import Gate, Limits
 from launch import BIN, ROOT, environment
 
 
@@ -108,9 +117,10 @@ def test_sigterm_finishes_what_runs(model: Path, session: Session) -> None:
         assert "stopped" in stopping.process.stderr.read()
 
 
-def test_who_never_reads_holds_up_no_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [["--request-seconds", "2"], ["--idle-seconds", "1"]], ids="".join)
+def test_who_never_reads_holds_up_no_end(limit: list[str], tmp_path: Path) -> None:
     big = save_step(language_model(), tmp_path / "m.onnx")
-    with serving(big, "--request-seconds", "2", "--max-tokens", "1000000") as stopping:
+    with serving(big, *limit, "--max-tokens", "1000000") as stopping:
         deaf = stopping.open({"prompt": "x", "max_tokens": 1000000, "logprobs": 0, "stream": True})
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         time.sleep(1)
@@ -303,6 +313,7 @@ def test_what_cannot_be_served_is_one_line(server: Server, model: Path, tmp_path
         ([model, "--port", "0", "--host", "127.0.0..1"], "cannot listen at 127.0.0..1:0"),
         ([model, "--port", "0", "--api-key", " "], "the key (--api-key, or GFRNN_API_KEY) is empty"),
         ([model, "--rows", "0"], "--rows is 0; it must be from 1"),
+        ([model, "--idle-seconds", "0"], "--idle-seconds is 0.0; it must be from 0.001"),
         ([model, "--provider", "cuda"], "CUDA cannot be used here"),
         ([model, "--prot", "1"], "did you mean --port"),
     ):
@@ -313,3 +324,149 @@ def test_the_server_needs_no_torch(server: Server) -> None:
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "onnxruntime" in maps
     assert "libtorch" not in maps
+
+
+# ------------------------------------------------------------------------------------- clients that stall
+
+
+@pytest.fixture(scope="module")
+def hasty(model: Path) -> Iterator[Server]:
+    with serving(model, "--idle-seconds", "1", "--max-body-bytes", "16000000") as started:
+        yield started
+
+
+def test_half_a_head_is_not_waited_for(hasty: Server) -> None:
+    with (
+        socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as silent,
+        socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as slow,
+    ):
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: ")
+        until = time.monotonic() + 10
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() < until:
+                slow.sendall(b"x")  # a little more of it comes all the time
+                time.sleep(0.1)
+        assert time.monotonic() < until
+        assert silent.recv(100) == b""
+
+
+def test_who_reads_nothing_of_a_large_answer_is_cut(hasty: Server) -> None:
+    process = psutil.Process(hasty.process.pid)
+    deaf = hasty.open({"prompt": "x" * 9_000_000}, "/tokenize")  # 36 MB of ids
+    own = deaf.getsockname()[1]
+    received = len(deaf.recv(1))
+    time.sleep(0.2)
+    held = process.memory_info().rss
+    until = time.monotonic() + 10
+    while any(each.raddr and each.raddr.port == own for each in process.net_connections()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert held - process.memory_info().rss > 20 << 20
+    with suppress(ConnectionResetError):
+        while part := deaf.recv(1 << 20):
+            received += len(part)
+    assert received < 18_000_000  # what was on its way
+    deaf.close()
+
+
+def test_who_reads_slowly_gets_it_all(hasty: Server) -> None:
+    slow = hasty.open({"prompt": "x" * 1_000_000}, "/tokenize")
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+    begin, answer = time.monotonic(), bytearray()
+    while part := slow.recv(1 << 17):
+        answer += part
+        time.sleep(0.08)
+    slow.close()
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert json.loads(body)["tokens"] == [ord("x")] * 1_000_000
+    assert time.monotonic() - begin > 2
+
+
+def test_a_connection_that_asks_again_stays(hasty: Server) -> None:
+    kept = http.client.HTTPConnection("127.0.0.1", hasty.port, timeout=10)
+    for _ in range(4):
+        kept.request("GET", "/healthz")  # fails where the server has closed it
+        assert json.loads(kept.getresponse().read())["status"] == "ok"
+        time.sleep(0.5)
+    assert kept.sock is not None
+    assert kept.sock.recv(1) == b""  # asked nothing more
+    kept.close()
+
+
+# ------------------------------------------------------------------------------------ in this process
+
+
+async def ask(served: Gate, path: str, body: Any = None) -> tuple[int, Any]:
+    """(status, JSON) that an application answers."""
+    scope: dict[str, Any] = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": "", "headers": []}
+    scope |= {"method": "GET" if body is None else "POST", "path": path, "query_string": b""}
+    coming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    answer: list[Any] = []
+
+    async def receive() -> Any:
+        if not coming:
+            await asyncio.Event().wait()
+        return coming.pop()
+
+    async def send(message: Any) -> None:
+        answer.append(message)
+
+    await served(scope, receive, send)
+    return answer[0]["status"], json.loads(b"".join(message["body"] for message in answer[1:]))
+
+
+@asynccontextmanager
+async def application(model: Path, **limits: Any) -> AsyncIterator[Gate]:
+    service = Service(Step(model, "cpu", threads=1), "small", Limits(**limits))
+    served = make_app(service)
+    service.engine.start()
+    try:
+        async with asyncio.timeout(60):
+            yield served
+    finally:
+        service.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "owner", "name"),
+    [
+        ("/v1/completions", completions, "decode"),
+        ("/v1/completions", completions.Completion, "model_dump_json"),
+        ("/v1/score", app, "_score"),
+        ("/v1/score", app.ScoreAnswer, "model_dump_json"),
+    ],
+)
+def test_nobody_waits_while_an_answer_is_built(
+    path: str, owner: Any, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, begun, answered = getattr(owner, name), threading.Event(), threading.Event()
+
+    def building(*given: Any, **options: Any) -> Any:
+        begun.set()
+        assert answered.wait(5)
+        return original(*given, **options)
+
+    monkeypatch.setattr(owner, name, building)
+
+    async def both() -> tuple[int, Any]:
+        async with application(model) as served:
+            large = asyncio.create_task(ask(served, path, {{"/v1/score": "text"}.get(path, "prompt"): "abc"}))
+            while not begun.is_set():
+                await asyncio.sleep(0.01)
+            assert (await ask(served, "/healthz"))[0] == 200
+            answered.set()
+            return await large
+
+    status, answer = asyncio.run(both())
+    assert status == 200
+    assert "choices" in answer or len(answer["scores"][0]["bits"]) == 3
+
+
+def test_no_max_tokens_is_no_more_than_may_be(model: Path) -> None:
+    async def usage() -> Any:
+        async with application(model, max_tokens=5) as served:
+            return await ask(served, "/v1/completions", {"prompt": "x"})
+
+    status, answer = asyncio.run(usage())
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 5)

@@ -8,13 +8,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from exported import SMALL, encoder_decoder, language_model, save_programs, save_step
 from onnxruntime import OrtValue
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from gfrnn.config import PROGRAM_SYMBOLS, ModelSettings
 from gfrnn.data import generate_programs
@@ -212,6 +215,16 @@ def test_predicts_what_the_torch_model_does(tmp_path: Path) -> None:
             call()
 
 
+def test_predictions_make_no_new_cuda_graphs(tmp_path: Path) -> None:
+    session = Session(save_programs(encoder_decoder(), tmp_path / "programs"), "cpu", threads=1)
+    assert session.encoder is not None
+    session.encoder.graphs = True  # the CPU takes no notice
+    programs = ["print(1)", "print(12)", "a=34"]
+    found = [session.predict(program) for program in programs * 3]
+    assert found == found[:3] * 3
+    assert next(session.encoder.graph_ids) == 2
+
+
 # Rows -------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +335,70 @@ def test_cuda_that_is_not_here_is_said(path: Path) -> None:
         Session(path, "cuda")
     with pytest.raises(ModelError, match="provider 'tpu' is unknown"):
         Session(path, "tpu")  # type: ignore[arg-type]
+
+
+class Gpu:
+    """As if there were one: what is loaded on it says so, and runs on the CPU."""
+
+    loads: list[dict[str, str]]
+    """The options of each load on it."""
+    full = False
+    """Whether all its memory is in use."""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu = Gpu()
+    gpu.loads = []
+
+    class OnIt(onnxruntime.InferenceSession):
+        def __init__(self, path: str, options: Any, providers: list[Any]):
+            self.given = providers
+            if len(providers) > 1:
+                gpu.loads.append(providers[0][1])
+                print("EP Error")
+                if gpu.full:
+                    raise Fail("CUDA failure 2: out of memory")
+            super().__init__(path, options, providers=providers[-1:])
+
+        def get_providers(self) -> list[str]:
+            return [each if isinstance(each, str) else each[0] for each in self.given]
+
+    monkeypatch.setattr("gfrnn_onnx.runner._has_cuda_driver", lambda: True)
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
+    monkeypatch.setattr("onnxruntime.InferenceSession", OnIt)
+    return gpu
+
+
+def test_fp32_is_fp32_on_cuda_too(path: Path, gpu: Gpu, capsys: pytest.CaptureFixture[str]) -> None:
+    for graphs in (True, False):
+        assert Step(path, cuda_graphs=graphs).provider == "cuda"
+        assert gpu.loads[-1]["use_tf32"] == "0"
+        assert ("enable_cuda_graph" in gpu.loads[-1]) == graphs
+    assert capsys.readouterr().out == ""  # results go there
+
+
+def test_int8_is_on_the_cpu_unless_it_is_told(path: Path, model: LanguageModel, tmp_path: Path, gpu: Gpu) -> None:
+    int8 = save_step(model, tmp_path / "8.onnx", precision="int8")
+    step = Step(int8)
+    assert (step.provider, step.graphs) == ("cpu", False)
+    assert step.session.get_providers() == ["CPUExecutionProvider"]
+    assert Step(int8, "cuda").provider == "cuda"
+    assert Step(path).provider == "cuda"
+
+
+def test_a_gpu_whose_memory_is_full(
+    path: Path, tmp_path: Path, gpu: Gpu, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu.full = True
+    assert Step(path).provider == "cpu"
+    assert "out of memory): on the CPU" in caplog.messages[-1]
+    with pytest.raises(ModelError, match="out of memory"):
+        Step(path, "cuda")
+    (tmp_path / "torn.onnx").write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"torn\.onnx cannot be loaded"):
+        Step(tmp_path / "torn.onnx")
+    assert capsys.readouterr().out == ""
 
 
 def test_idle_it_burns_nothing(path: Path) -> None:

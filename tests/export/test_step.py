@@ -17,6 +17,7 @@ from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, ModelSettings
 from gfrnn_onnx.precision import OPERATORS, PRECISIONS, Precision
 from gfrnn_onnx.runner import Step
 from gfrnn_onnx.state import State
+from gfrnn_onnx.step import add_bpc
 from gfrnn_onnx.verify import check_operators, differences, rounding
 
 OPTIONS = {
@@ -144,6 +145,23 @@ def test_names_shapes_and_opset(tmp_path: Path) -> None:
     assert [(each.domain, each.version) for each in model.opset_import] == [("", 23)]
     # what reads all layers at t-1 ungated is one product; of each layer there are two more, the lowest has one
     assert sum(node.op_type == "MatMul" for node in model.graph.node) == 1 + 3 + 2 + 1
+
+
+def test_what_is_added_to_a_file_is_read_as_part_of_it(tmp_path: Path) -> None:
+    path = save_step(language_model(), tmp_path / "step.onnx")
+    before = path.read_bytes()
+    assert Step(path, "cpu").metadata.bpc == {}
+    assert "gfrnn.bpc" not in {each.key for each in onnx.load(path).metadata_props}
+    add_bpc(path, {"valid": 2.5})
+    assert path.read_bytes().startswith(before)
+    onnx.checker.check_model(str(path), full_check=True)
+    whole = onnx.load(path)
+    onnx.checker.check_model(whole, full_check=True)
+    assert whole.graph == onnx.load_from_string(before).graph
+    assert [each.key for each in whole.metadata_props].count("gfrnn.bpc") == 1
+    step = Step(path, "cpu")
+    assert step.metadata.bpc == {"valid": 2.5}
+    assert step.metadata.kind == "text"
 
 
 # Precisions -------------------------------------------------------------------------------------------------

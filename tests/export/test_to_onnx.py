@@ -19,6 +19,7 @@ from gfrnn.nn import EncoderDecoder, LanguageModel
 from gfrnn.runs import Checkpoint, RunFolder
 from gfrnn.training.evaluation import score
 from gfrnn_onnx import Session, export, verify
+from gfrnn_onnx.precision import Precision
 from launch import ROOT, environment
 
 TEXT = b"It was a bright cold day in April, and the clocks were striking thirteen. " * 40
@@ -137,13 +138,49 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gfrnn_onnx.step.LARGEST_FILE", 100_000)
+    synced: list[tuple[str, bool]] = []
+    monkeypatch.setattr("gfrnn.runs.sync", lambda path: synced.append((path.name, (tmp_path / path.name).exists())))
     to_onnx(monkeypatch, run, "--text-file", text_file, "--output", tmp_path / "big.onnx")
+    assert synced == [("big.onnx", False), ("big.onnx.data", False)]  # before they are in place
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
     assert (tmp_path / "big.onnx").stat().st_size < 60_000
-    assert len(Session(tmp_path / "big.onnx", "cpu").score(b"abc")) == 3
+    session = Session(tmp_path / "big.onnx", "cpu")
+    assert len(session.score(b"abc")) == 3
+    assert set(session.metadata.bpc) == {"trained", "exported"}
     monkeypatch.undo()
     to_onnx(monkeypatch, run, "--text-file", text_file, "--output", tmp_path / "big.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["big.onnx"]
+
+
+def test_the_file_is_the_one_that_was_checked(
+    run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bits added that the check has found, and nothing else."""
+    check, checked = verify.check_operators, []
+
+    def checking(path: Path, precision: Precision) -> None:
+        checked.append(path.read_bytes())
+        check(path, precision)
+
+    monkeypatch.setattr("gfrnn_onnx.verify.check_operators", checking)
+    to_onnx(monkeypatch, run, "--text-file", text_file, "--output", tmp_path / "step.onnx")
+    found = (tmp_path / "step.onnx").read_bytes()
+    assert found.startswith(checked[0])
+    added = onnx.load_from_string(found[len(checked[0]) :])
+    assert [field.name for field, _ in added.ListFields()] == ["metadata_props"]
+    assert [each.key for each in added.metadata_props] == ["gfrnn.bpc"]
+
+
+def test_long_text_is_read_in_segments() -> None:
+    """Whose states go on: the bits are those of the text as a whole."""
+    model, lengths = language_model(spread=1.0), []
+    hook = model.register_forward_pre_hook(lambda _, given: lengths.append(len(given[0])))
+    pieces = [TEXT[:1300], TEXT[7:1307]]
+    found = verify.text_bpc(model, pieces)
+    assert lengths == [512, 512, 276]
+    hook.remove()
+    bits = sum(score(model, np.frombuffer(piece, np.uint8), streams=1, warmup=0).bits for piece in pieces)
+    assert found == pytest.approx(bits / 2600, abs=1e-6)
 
 
 def test_the_corpus_where_it_is_now(
@@ -238,6 +275,9 @@ def test_flags(run: Path, programs_run: Path, text_file: Path, tmp_path: Path, m
         ([run, "--max-cost", "-1"], "--max-cost is -1"),
         ([run, "--output", tmp_path / "no/folder.onnx"], "give a name in a folder that exists"),
         ([run, "--output", tmp_path / "folder"], "is a folder; give the name of a file"),
+        ([run, "--output", tmp_path / "step.json"], "step.json: its ending means another format"),
+        ([run, "--output", tmp_path / "step.pbtxt"], "give a name that ends in .onnx"),
+        ([run, "--output", tmp_path / "step.ort"], "give a name that ends in .onnx"),
         ([programs_run, "--output", text_file], "a model of programs is a folder"),
         ([run, "--text-file", tmp_path / "none"], "none"),
         ([run, "--text-file", tmp_path / "short"], "give at least 32"),
@@ -247,6 +287,12 @@ def test_flags(run: Path, programs_run: Path, text_file: Path, tmp_path: Path, m
     stack = dataclasses.replace(preset("demo"), model=dataclasses.replace(SMALL, feedback="none"))
     plain = save_run(tmp_path / "stack", stack, language_model(stack.model))
     assert "--gates: this model has no gated feedback" in refused(monkeypatch, plain, "--gates")
+
+
+def test_an_unroll_that_no_program_fits(programs_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_PROGRAMS", 1)
+    told = refused(monkeypatch, programs_run, "--output", tmp_path / "step", "--unroll", "251")
+    assert "--unroll 251: no validation program has a length that 251 divides; take a smaller one" in told
 
 
 def test_help_answers_before_torch(tmp_path: Path) -> None:

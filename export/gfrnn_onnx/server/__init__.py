@@ -1,5 +1,5 @@
 """The HTTP server: OpenAI's completions interface over one model of text. Needs the extra `serve`, not torch.
 
-main -> app (routes) -> protocol (what requests may say), limits (who may ask how much) -> engine (rows stepped
-together) -> prefixes (states of prompts read before); text (bytes as characters), metrics.
+main -> connection (clients that stall), app (routes) -> protocol (what requests may say), limits (who may ask how much)
+-> engine (rows stepped together) -> prefixes (states of prompts read before); text (bytes as characters), metrics.
 """

@@ -149,13 +149,13 @@ def _add_completions(app: FastAPI, service: Service) -> None:
                 run.cancel()
             if answer is None:
                 return Response(status_code=GONE)
-            return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+            return Response(answer, media_type="application/json")
 
         async def events() -> AsyncIterator[str]:
             first = True
             try:
                 async for event in run.pieces():
-                    if first:
+                    if first and run.begun:
                         service.metrics.first_seconds.observe(time.perf_counter() - begin)
                         first = False
                     yield event
@@ -166,7 +166,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
     @app.post("/v1/score", response_model=ScoreAnswer)
-    async def score(request: Request, body: ScoreRequest) -> ScoreAnswer | Response:
+    async def score(request: Request, body: ScoreRequest) -> Response:
         """Bits that the model needs for each byte of texts."""
         service.check()
         limits = service.limits
@@ -177,22 +177,28 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         jobs = [Job(piece, 0, top=0, prompt_tokens=True, deadline=deadline, changed=changed) for piece in pieces]
         submit(service.engine, jobs, limits)
 
-        async def done() -> ScoreAnswer:
+        async def done() -> bytes:
             await finished(jobs)
             check_ends(jobs)
-            return ScoreAnswer(scores=[_score(job) for job in jobs])
+            return await asyncio.to_thread(_scores, jobs)
 
         try:
             answer = await _unless_gone(request, done())
         finally:
             service.engine.cancel(jobs)
-        return answer if answer is not None else Response(status_code=GONE)
+        if answer is None:
+            return Response(status_code=GONE)
+        return Response(answer, media_type="application/json")
 
     @app.delete("/v1/states/{state}", status_code=204)
     async def forget(state: str) -> Response:
         """Keep a state no longer."""
         service.states.remove(state)
         return Response(status_code=204)
+
+
+def _scores(jobs: list[Job]) -> bytes:
+    return ScoreAnswer(scores=[_score(job) for job in jobs]).model_dump_json().encode()
 
 
 def _score(job: Job) -> TextScore:

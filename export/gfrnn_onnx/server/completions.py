@@ -146,7 +146,8 @@ class Run:
             raise ApiError(400, "this model has no output for its gates: export it with --gates", param="gates")
         n = request.n or 1
         prompts = read_texts("" if request.prompt is None else request.prompt, "prompt", limits, choices=n)
-        max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        usual = min(_DEFAULT_MAX_TOKENS, limits.max_tokens)
+        max_tokens = usual if request.max_tokens is None else request.max_tokens
         if max_tokens > limits.max_tokens:
             raise ApiError(400, f"max_tokens is {max_tokens}; at most {limits.max_tokens}", param="max_tokens")
         self.stops = _stops(request)
@@ -183,27 +184,34 @@ class Run:
             each = (request.logprobs or 0) + engine.step.shape[0] ** 2 * bool(request.gates)
             check_values(told, each, "logprobs" if request.logprobs is not None else "gates", limits)
         self.marked = [prompt.marked for prompt in prompts for _ in range(n)]
+        self.begun = False
+        """Whether a piece has had a byte in it that the model wrote."""
         submit(engine, self.jobs, limits)
 
     def cancel(self) -> None:
         """Ends what is not done."""
         self.engine.cancel(self.jobs)
 
-    async def whole(self) -> Completion:
-        """The answer, when it is there. Raises ApiError if the work was given up."""
+    async def whole(self) -> bytes:
+        """The answer as JSON, when it is there. Raises ApiError if the work was given up."""
         await finished(self.jobs)
         check_ends(self.jobs)
+        kept = [None if job.state is None else self.states.keep(job.state) for job in self.jobs]
+        return await asyncio.to_thread(self._answer, kept)  # it may be large, and others are not to wait for it
+
+    def _answer(self, kept: list[str | None]) -> bytes:
+        """kept: the names of the choices' states."""
         choices = []
-        for index, job in enumerate(self.jobs):
+        for index, (job, state) in enumerate(zip(self.jobs, kept, strict=True)):
             text = decode((job.prompt if self.request.echo else b"") + bytes(job.text))
             logprobs = self._logprobs(index, 0, _visible(job), 0)
             choice = Choice(index=index, text=text, logprobs=logprobs, finish_reason=_reason(job))
             if self.request.gates:
                 choice.gates = _gates(job.tokens[: _visible(job)])
-            if job.state is not None:
-                choice.state = self.states.keep(job.state)
+            if state is not None:
+                choice.state = state
             choices.append(choice)
-        return Completion(
+        answer = Completion(
             id=self.id,
             object="text_completion",
             created=self.created,
@@ -211,6 +219,7 @@ class Run:
             choices=choices,
             usage=self._usage(),
         )
+        return answer.model_dump_json(exclude_unset=True).encode()
 
     async def pieces(self) -> AsyncIterator[str]:
         """The answer as server-sent events, of whole characters each."""
@@ -307,6 +316,7 @@ class _Shown:
         self.bytes = ready
         if not new and not done:
             return None
+        run.begun |= self.bytes > (len(job.prompt) if request.echo else 0)
         choice: dict[str, Any] = {
             "index": self.index,
             "text": new,

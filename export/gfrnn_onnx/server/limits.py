@@ -50,6 +50,8 @@ class Limits:
     """In which a request's body must have come."""
     request_seconds: float = 600.0
     """After which a request that is still worked on is given up."""
+    idle_seconds: float = 60.0
+    """After which a connection is closed where no whole head of a request comes, or nothing of an answer is read."""
     cache_mb: int = 64
     """Memory for states of prompts."""
     states: int = 1024
@@ -138,6 +140,8 @@ class Gate:
                 raise ApiError(
                     408, f"the request's body had not come after {self.limits.body_seconds:g} s", code="timeout"
                 ) from None
+            if message["type"] == "http.disconnect":
+                raise ApiError(GONE, "the client is gone")
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 more = message.get("more_body", False)

@@ -42,7 +42,7 @@ class ServeSettings:
     api_key: str | None = None
     """Answer only requests with this key. Default: the environment's GFRNN_API_KEY, if it is set."""
     provider: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where it works, else the CPU."""
+    """auto: CUDA where it works, else (and for int8) the CPU."""
     threads: int = 0
     """Of a CPU's products; 0: one a core."""
     limits: Limits = field(default_factory=Limits)
@@ -61,6 +61,7 @@ def _main() -> None:
     from gfrnn_onnx.names import ModelError
     from gfrnn_onnx.runner import Step
     from gfrnn_onnx.server.app import Service, make_app
+    from gfrnn_onnx.server.connection import Connection
 
     key = os.environ.get("GFRNN_API_KEY") if settings.api_key is None else settings.api_key
     if key is not None and not key.strip():  # of a variable that is not set, most likely
@@ -77,12 +78,14 @@ def _main() -> None:
     app = make_app(service, key)
     config = uvicorn.Config(
         app,
+        http=type("Connection", (Connection,), {"seconds": settings.limits.idle_seconds}),
+        ws="none",
         log_level="warning",
         access_log=False,
         lifespan="on",
         backlog=2048,
         server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.limits.request_seconds),  # a client may never read its answer
+        timeout_graceful_shutdown=math.ceil(settings.limits.request_seconds),  # a client may read its answer slowly
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     server = _server(config, service)
@@ -139,6 +142,7 @@ def _validate(settings: ServeSettings) -> Path:
         ("max_body_bytes", 1, 1 << 31),
         ("body_seconds", 0.001, 86400),
         ("request_seconds", 0.001, 864000),
+        ("idle_seconds", 0.001, 86400),
         ("cache_mb", 0, 1 << 20),
         ("states", 1, 10**7),
         ("state_seconds", 0.001, 10**9),
@@ -168,6 +172,8 @@ def _listen(host: str, port: int) -> socket.socket:
         # by its name, or asyncio takes it for something else and leaves small packets to wait for each other (40 ms)
         listener = socket.socket(found[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # of connections: that a client reads is seen only once a third of it is free
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
         listener.bind(found[4])
         listener.listen(2048)
     except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no host can have

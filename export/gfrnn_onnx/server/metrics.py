@@ -23,7 +23,7 @@ class Metrics:
         )
         self.first_seconds = Histogram(
             "gfrnn_first_symbol_seconds",
-            "From a streamed request to its first text.",
+            "From a streamed request to the first text that the model wrote.",
             buckets=_SECONDS,
             registry=registry,
         )

@@ -103,7 +103,7 @@ class CompletionRequest(_Request):
     prompt: Prompt | None = None
     """A text, ids of bytes, or a list of either. Default: the empty text."""
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
-    """Bytes to write; 16 by default."""
+    """Bytes to write; by default 16, where so many are allowed."""
     temperature: Annotated[Number, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0, le=256)] | None = None
