@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -139,14 +140,46 @@ def check(jobs: list[Job], arguments: argparse.Namespace, environment: dict[str,
     if arguments.kind == "study":
         points = enumerate(read_points(arguments.points), 1)
         trainings = [(f"point {number}: ", [*point, *flags[1:]]) for number, point in points]
+    there = {**environment, "WORLD_SIZE": str(processes(jobs[0].sbatch, environment))}
     for name, each in trainings:
-        done = subprocess.run([*command, *each], cwd=HOME, env=environment, capture_output=True)
+        if not values_of(each, ["--deepspeed"]).get("deepspeed"):
+            each = [*each, "--deepspeed", "ds_configs/z2.json"]  # launch.sh's own
+        done = subprocess.run([*command, *each], cwd=HOME, env=there, capture_output=True)
         said = done.stderr.decode(errors="replace").strip().splitlines()
         if done.returncode == USER:
             raise Error(name + (said[-1].replace("error: ", "", 1) if said else "refused"))
         if done.returncode != 0:
             return say(f"src/train.py cannot run on this machine ({said[-1] if said else done.returncode})")
     return None
+
+
+def processes(sbatch: Sequence[str], environment: dict[str, str]) -> int:
+    """How many a training will have, as launch.sh counts them; on 2 nodes if --nodes=2-4 is asked for.
+
+    A node has one where GPUs are not asked for and site.sh does not say.
+    """
+    names = (("-N", "--nodes"), ("-n", "--ntasks"), ("-G", "--gpus"))
+    asked = values_of(sbatch, *names, ["--ntasks-per-node"], ["--gpus-per-node"], ["--gres"])
+    nodes = number_in(asked.get("nodes")) or 1
+    tasks = nodes * number_in(asked.get("ntasks_per_node")) or number_in(asked.get("ntasks"))
+    if tasks > nodes:
+        return tasks
+    gres = [part for part in asked.get("gres", "").split(",") if re.match(r"(gres[:/])?gpu\b", part)]
+    gpus = gpus_in(asked.get("gpus_per_node") or environment.get("SBATCH_GPUS_PER_NODE") or ",".join(gres))
+    each = number_in(environment.get("GFRNN_PROCESSES_PER_NODE")) or gpus or gpus_in(asked.get("gpus", "")) // nodes
+    return nodes * max(1, each)
+
+
+def number_in(text: str | None) -> int:
+    """The first; 0 without one."""
+    found = re.search(r"\d+", text or "")
+    return int(found[0]) if found else 0
+
+
+def gpus_in(text: str) -> int:
+    """Of 8, a100:8 or a100:4,v100:4, say; a kind without a number is one."""
+    counts = [part.rpartition(":")[2] for part in text.split(",") if part]
+    return sum(int(count) if count.isdigit() else 1 for count in counts)
 
 
 def submit(jobs: list[Job], environment: dict[str, str]) -> None:

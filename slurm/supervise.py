@@ -102,9 +102,10 @@ class Job:
 
 
 def usable_nodes(shown: dict[str, str]) -> set[str]:
-    """Nodes of a job's partition that are up, and have what it asks for: its features, and GRES by name.
+    """Nodes of a job's partition that are up, and have what it asks for: its features, and GRES by name and type.
 
-    Features that are more than names joined by & are left to SLURM: then any node counts.
+    Features that are more than names joined by & are left to SLURM: then any node counts. Reserved ones do not, unless
+    the job is in a reservation.
     """
     columns = "NodeList:200,StateCompact:30,Features:1000,Gres:1000"
     status, said = slurm(
@@ -112,13 +113,17 @@ def usable_nodes(shown: dict[str, str]) -> set[str]:
     )
     features = shown.get("Features", "(null)")
     needed = set(features.split("&")) if re.fullmatch(r"[\w&-]+", features) else set()
-    gres = set(re.findall(r"gres[:/](\w+)", shown.get("TresPerNode", "") + shown.get("TresPerTask", "")))
-    unusable = ("down", "drain", "drng", "fail", "maint", "unk", "boot", "pow")
+    asked = ",".join(shown.get(name, "") for name in ("TresPerNode", "TresPerTask", "TresPerJob"))
+    words = re.findall(r"gres[:/]([\w-]+)(?::([A-Za-z][\w.-]*))?", asked)  # gpu, and a type where there is one
+    gres = {word for pair in words for word in pair if word}
+    unusable = ["down", "drain", "drng", "fail", "maint", "unk", "boot", "pow"]
+    if shown.get("Reservation", "(null)") in ("", "(null)"):
+        unusable.append("resv")
     found = set()
     for line in said.splitlines() if status == 0 else []:
         name, state, has, devices = line.split()
-        fits = needed <= set(has.split(",")) and gres <= set(re.findall(r"\w+", devices))
-        if fits and not state.startswith(unusable) and not state.endswith("*"):
+        fits = needed <= set(has.split(",")) and gres <= set(re.split(r"[:,()]", devices))
+        if fits and not state.startswith(tuple(unusable)) and not state.endswith("*"):
             found.add(name)
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launch import ROOT, environment
+from submit import processes
 
 
 def submit(*arguments: str | Path, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -79,6 +80,44 @@ def test_what_cannot_work_is_not_submitted(arguments: list[str], said: str) -> N
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "variables", "count"),
+    [
+        ("", {}, 1),
+        ("--nodes=4", {}, 4),
+        ("-N 2-4 --gpus-per-node 8", {}, 16),
+        ("-N2 --gpus-per-node=a100:4", {}, 8),
+        ("--nodes=2 --gres=gpu:a100:4,nvme:1", {}, 8),
+        ("--nodes=2 --gpus=16", {}, 16),
+        ("--nodes=2 --gres=nvme:3", {}, 2),
+        ("--nodes=2", {"SBATCH_GPUS_PER_NODE": "8"}, 16),
+        ("--nodes=2 --gpus-per-node=8", {"GFRNN_PROCESSES_PER_NODE": "4"}, 8),
+        ("--nodes=2 --ntasks-per-node=2 --gpus-per-node=8", {"GFRNN_PROCESSES_PER_NODE": "4"}, 4),
+        ("--nodes=2 --ntasks-per-node=1 --gpus-per-node=8", {}, 16),
+        ("--ntasks=6", {}, 6),
+        ("-N 3 -n 6", {}, 6),
+        ("-N 3 -n 3 --gpus-per-node=2", {}, 6),
+    ],
+)
+def test_processes_are_those_that_the_job_will_have(sbatch: str, variables: dict[str, str], count: int) -> None:
+    """As processes_per_node of launch.sh has it."""
+    assert processes(sbatch.split(), variables) == count
+
+
+@pytest.mark.parametrize(
+    ("nodes", "flags", "said"),
+    [
+        ("2", "--compression topk --deepspeed ds_configs/z0.json", ""),
+        ("1", "--compression topk --deepspeed ds_configs/z0.json", "is for several processes, and this is one"),
+        ("2", "--compression topk", "ds_configs/z2.json: --compression topk is for stage 0"),
+        ("4", "--rows 3", "4 processes cannot share --rows 3"),
+    ],
+)
+def test_flags_are_looked_at_as_they_will_be_there(nodes: str, flags: str, said: str) -> None:
+    done = submit("train", f"--nodes={nodes}", "--dry-run", "--", *flags.split())
+    assert (done.returncode, said in done.stderr) == (2 if said else 0, True), done.stderr
 
 
 def test_a_point_that_cannot_work_is_named(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import supervise
 from launch import ROOT
-from supervise import split
+from supervise import split, usable_nodes
 
 
 def test_commands_keep_flags_of_their_own() -> None:
@@ -47,3 +48,32 @@ def test_job_that_takes_its_node_down_each_time_ends(tmp_path: Path, earlier: in
     assert begun.exists() is goes_on, done.stdout + done.stderr
     assert ("given up: failed 3 times before the first checkpoint" in done.stdout) is not goes_on
     assert done.returncode != 0
+
+
+SINFO = """
+a1 idle (null) gpu:a100:8(S:0-1)
+a2 mix (null) gpu:a100-sxm4-80gb:8,nvme:1
+v1 idle (null) gpu:v100:8(S:0-1)
+r1 resv (null) gpu:a100:8
+d1 drained (null) gpu:a100:8
+"""
+
+
+@pytest.mark.parametrize(
+    ("shown", "nodes"),
+    [
+        ({}, {"a1", "a2", "v1"}),
+        ({"TresPerNode": "gres/gpu:8"}, {"a1", "a2", "v1"}),
+        ({"TresPerNode": "gres/gpu:a100:8"}, {"a1"}),
+        ({"TresPerNode": "gres:gpu:v100:2"}, {"v1"}),
+        ({"TresPerTask": "cpu=4,gres/gpu:a100-sxm4-80gb=1"}, {"a2"}),
+        ({"TresPerJob": "gres/gpu:v100:16"}, {"v1"}),
+        ({"TresPerNode": "gres/gpu:8,gres/nvme:1"}, {"a2"}),
+        ({"TresPerNode": "gres/gpu:h100:8"}, set()),
+        ({"TresPerNode": "gres/gpu:a100:8", "Reservation": "(null)"}, {"a1"}),
+        ({"TresPerNode": "gres/gpu:a100:8", "Reservation": "ours"}, {"a1", "r1"}),
+    ],
+)
+def test_nodes_like_another(shown: dict[str, str], nodes: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "slurm", lambda *_: (0, SINFO.strip()))
+    assert usable_nodes(shown) == nodes

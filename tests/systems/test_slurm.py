@@ -251,13 +251,15 @@ def test_a_chain_is_trained_scored_exported_and_served(
 
 
 def test_a_chain_ends_where_its_training_fails(cluster: Cluster, tmp_path: Path) -> None:
-    flags = [*FLAGS, "--rows", "1", "--output-dir", tmp_path / "run"]
+    (tmp_path / "text").write_bytes(b"All work and no play. " * 50)  # what submit.py does not look at
+    short = ["--corpus-file", tmp_path / "text", "--steps", "900"]
+    flags = [*FLAGS, *short, "--output-dir", tmp_path / "run"]
     head = ["chain", "--nodes=2", f"--output={tmp_path}/out", f"--after=--output={tmp_path}/out-%x"]
     said = cluster.client(sys.executable, ROOT / "slurm/submit.py", *head, "--", *flags)
     kinds = dict(line.split() for line in said.splitlines())
     train, evaluate, export = (Job(cluster, kinds[kind], tmp_path / out) for kind, out in CHAIN.items())
     assert train.wait() == "FAILED"
-    assert "error: 2 processes cannot share --rows 1: start fewer, or raise --rows" in train.output()
+    assert "is too short for 5 rows x 900 steps" in train.output()
     assert (train.shown()["ExitCode"], train.shown()["Restarts"]) == ("2:0", "0")  # a user's error, so not tried again
     assert [job.wait() for job in (evaluate, export)] == ["CANCELLED", "CANCELLED"]
 
