@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import threading
 from pathlib import Path
 
@@ -95,3 +98,21 @@ def test_an_older_claim_of_the_same_moment_is_written_over(tmp_path: Path, monke
     (tmp_path / ".owner.json").write_text(older)  # restart 0 had looked just before
     second.check_owned()
     assert '"restart": 1' in (tmp_path / ".owner.json").read_text()
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a file in place of the kernel's lock would keep out for good after a kill; .owner.json tells the earlier."""
+
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.lock()
+    assert capsys.readouterr().err.count("is on a file system without locks") == 1
+    second.lock()
+    second.check_owned()
+    with pytest.raises(TakenOver):
+        first.check_owned()

@@ -16,6 +16,7 @@ kill at any instant leaves a usable one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -23,6 +24,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -114,7 +116,7 @@ class RunFolder:
                 )
             return False
         config = _read_json(self.config_path, "settings", "corpus_md5")
-        differences = self._differences(settings)
+        differences = _differences(config, settings)
         if not self._has_learned():
             return False
         if differences:
@@ -130,10 +132,6 @@ class RunFolder:
                 f"now {corpus_md5[:8]}...); give another folder, or the same text to resume"
             )
         return True
-
-    def _differences(self, settings: Settings) -> list[tuple[str, Any, Any]]:
-        """(flag, what it is here, what it is now) of what must not change."""
-        return _differences(self.read_settings().to_json(), settings.to_json())
 
     def _has_learned(self) -> bool:
         """Whether an update is on record here."""
@@ -161,6 +159,9 @@ class RunFolder:
         One that is about to end is waited for; raises UserError for one that goes on. A later restart of the same job
         (the environment's GFRNN_RESTART is JOB.N) takes the folder from an earlier one, whose processes may live on at
         a node that the cluster has lost, and even if they stand still; raises TakenOver in the earlier one.
+
+        On a file system without flock (Lustre's noflock) others are not kept out, and a later one takes the folder
+        too: says so on stderr.
         """
         from filelock import FileLock, Timeout
 
@@ -168,7 +169,8 @@ class RunFolder:
         claim: dict[str, Any] = {"token": uuid.uuid4().hex, "job": job, "restart": int(number or 0)}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / ".lock")  # the kernel's, freed when its holder dies
+            # the kernel's, freed when its holder dies, or none: a file instead of it would be left behind
+            self._lock = FileLock(self.path / ".lock", fallback_to_soft=False)
             same_job = self._is_same_job(claim)
             if same_job:  # at once, for the earlier one to find
                 write_json(self._owner_path, claim)
@@ -177,6 +179,11 @@ class RunFolder:
             except Timeout:
                 if not same_job:
                     raise
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                where = f"note: --output-dir {self.path} is on a file system without locks"
+                print(f"{where}: a training that is started there later takes it from this one", file=sys.stderr)
             self._is_same_job(claim)  # a third may have come in the meantime
             write_json(self._owner_path, claim)
         except Timeout as error:
@@ -216,8 +223,8 @@ class RunFolder:
         """Makes the folder and writes config.json (again, if the run goes on under another DeepSpeed config)."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self.config_path.exists():
-            text = _read_json(self.config_path, "corpus_md5")["corpus_md5"]
-            if self._differences(settings) or text != corpus_md5:  # a start that failed has begun another run
+            config = _read_json(self.config_path, "settings", "corpus_md5")
+            if _differences(config, settings) or config["corpus_md5"] != corpus_md5:  # a failed start began another run
                 (self.path / "mlflow.json").unlink(missing_ok=True)
         write_json(
             self.config_path,
@@ -305,12 +312,12 @@ class RunFolder:
             save_tensors(writing / "optimizer.safetensors", flat)
             save_tensors(writing / "state.safetensors", checkpoint.state)
             _save_trainer(writing, checkpoint)
-            _sync(writing)
+            sync(writing)
             self.check_owned()  # again: writing takes its time
             if target.exists():  # a kill came between its renaming and `latest`, and the run may have gone another way
                 self._remove(target)
             writing.rename(target)
-            _sync(self.checkpoints)
+            sync(self.checkpoints)
         if best:  # before `latest`, whose trainer.json says which step is the best
             replace_file(self.checkpoints / "best", target.name.encode())
         replace_file(self.checkpoints / "latest", target.name.encode())
@@ -456,8 +463,9 @@ def load_model(run: str | Path, dtype: str | None = None) -> tuple[Model, Settin
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(flag, value then, value now) of settings that must not change in a run."""
+def _differences(config: dict[str, Any], settings: Settings) -> list[tuple[str, Any, Any]]:
+    """(flag, value in config.json, value now) of settings that must not change in a run."""
+    then, now = Settings.from_json(config["settings"]).to_json(), settings.to_json()
     found: list[tuple[str, Any, Any]] = []
     for name in {**then, **now}:
         old, new = then.get(name), now.get(name)
@@ -503,7 +511,7 @@ def replace_file(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not say which file
     beside.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -544,10 +552,10 @@ def save_tensors(path: Path, tensors: TensorsByName) -> None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private; the folder has the user's umask
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Makes a file's content, or a folder's entries, survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -580,11 +588,12 @@ def code_hash() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of what a result depends on, as far as it is installed."""
     import importlib.metadata
     import platform
 
     found = {"python": platform.python_version(), "gfrnn": __version__}
     for name in ("torch", "deepspeed", "datasets", "mlflow", "safetensors", "numpy"):
-        found[name] = importlib.metadata.version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found

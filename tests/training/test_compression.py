@@ -119,6 +119,12 @@ def test_norms_are_of_what_is_applied(runs):
     assert 0 < first["topk"] < first["local"]
 
 
+def test_local_updates_clip_each_by_its_own_norm(runs):
+    (short, short_moved), (long, long_moved) = json.loads((runs / "clipped.json").read_text())
+    assert (short, long) == pytest.approx((0.5, 4.0))
+    assert (short_moved, long_moved) == pytest.approx((0.5, 1.0), rel=1e-5)
+
+
 def test_refused_where_gradients_are_not_whole(tmp_path):
     config = ROOT / "ds_configs/z2.json"
     run = script("train", *SMALL, "--compression", "topk", "--deepspeed", config, "--output-dir", tmp_path / "run")

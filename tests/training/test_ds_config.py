@@ -212,7 +212,6 @@ def test_contradictions(config: dict[str, Any], parts: list[str]) -> None:
         ({"zero_optimization": {"stage": 3, "offload_param": {"ratio": 1}}}, "zero_optimization.offload_param.ratio"),
         ({"bf16": {"enable": True}}, "bf16.enable is unknown; did you mean enabled?"),
         ({"fp16": {"enable": True}}, "fp16.enable is unknown; did you mean enabled?"),
-        ({"comms_logger": {"prof_op": []}}, "comms_logger.prof_op is unknown; did you mean prof_ops?"),
         ({"data_types": {"grad_dtype": "fp32"}}, "data_types.grad_dtype is unknown"),
         ({"bf16": True}, "bf16 is True; it must be an object"),
     ],
@@ -224,11 +223,13 @@ def test_unknown_names(config: dict[str, Any], hint: str) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
+        ({"comms_logger": {"prof_all": True}}, "comms_logger is not supported: logs are quiet; remove it"),
+        ({"dump_state": True}, "dump_state is not supported: logs are quiet; remove it"),
+        ({"memory_breakdown": True}, "memory_breakdown is not supported: it resets the peak of memory that summary"),
         ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is 0; it must be a number greater than 0"),
         ({"gradient_predivide_factor": "x"}, "gradient_predivide_factor is 'x'"),
         ({"communication_data_type": 5}, "communication_data_type is 5; it must be one of fp32, bf16, fp16"),
         ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown is 'yes'; it must be true or false"),
-        ({"comms_logger": {"enabled": 1}}, "comms_logger.enabled is 1; it must be true or false"),
         ({"wandb": {"enabled": True}}, "wandb is not supported: runs are tracked in MLflow; remove it"),
         ({"flops_profiler": {"enabled": True}}, "flops_profiler is not supported: speed, time and FLOP are in metrics"),
     ],
@@ -240,6 +241,22 @@ def test_values_that_deepspeed_does_not_check(config: dict[str, Any], said: str)
 @pytest.mark.parametrize("stage", [-1, 4, "2", 2.0, True])
 def test_stages(stage: Any) -> None:
     assert f"zero_optimization.stage is {stage!r}" in refused({"zero_optimization": {"stage": stage}})
+
+
+@pytest.mark.parametrize("value", ["5e8", "abc", True, 0.5, -1, math.inf, math.nan, [1]])
+@pytest.mark.parametrize("key", ["reduce_bucket_size", "sub_group_size", "stage3_max_live_parameters"])
+def test_counts_of_elements(key: str, value: Any) -> None:
+    least = int(key == "reduce_bucket_size")
+    said = f"zero_optimization.{key} is {value!r}; it must be a whole number of elements, {least} or more"
+    assert refused(zero(3, **{key: value})) == f"my.json: {said}"
+    for good in (1, 5e8, 2**62):
+        assert resolve(zero(3, **{key: good}))["zero_optimization"][key] == good
+    assert resolve(zero(3, **{key: "auto"})) == resolve(zero(3))
+
+
+def test_a_bucket_of_none_and_a_threshold_of_none() -> None:
+    assert "reduce_bucket_size is 0; it must be" in refused(zero(2, reduce_bucket_size=0))
+    assert resolve(zero(3, param_persistence_threshold=0))
 
 
 @pytest.mark.parametrize("value", [True, 2])
@@ -309,6 +326,7 @@ def test_a_noise_scale_needs_two_parts_of_a_batch() -> None:
 
 def test_what_is_switched_off_is_dropped() -> None:
     off = {key: {"enabled": False} for key in ds_config.REFUSED} | {"sparse_gradients": False, "autotuning": None}
+    off |= {"memory_breakdown": False, "dump_state": "auto"}
     switches = {"zero_quantized_weights": False, "cpu_offload": False, "mics_shard_size": None}
     assert resolve(off | zero(1, **switches)) == resolve(zero(1))
 
@@ -324,7 +342,6 @@ def test_bf16_of_deepspeed_goes_with_stages_1_to_3_and_either_dtype() -> None:
 
 ASK_DEEPSPEED = """
 import json, sys
-from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime import config, precision_config
 from deepspeed.runtime.zero import config as zero_config, offload_config
 
@@ -355,7 +372,6 @@ print(json.dumps({
     "zero_optimization.offload_param": names(offload_config.DeepSpeedZeroOffloadParamConfig),
     "bf16": names(precision_config.DeepSpeedBF16Config),
     "fp16": names(precision_config.DeepSpeedFP16Config),
-    "comms_logger": names(CommsLoggerConfig),
     "removed": sorted(config._REMOVED_ZERO_CONFIG_KEYS),
 }))
 """

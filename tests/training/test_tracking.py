@@ -335,6 +335,27 @@ def test_a_missing_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert capsys.readouterr().err.count("\n") == 1
 
 
+LOCKLESS = """
+import errno, fcntl, sys
+from gfrnn.training import tracking
+def flock(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+fcntl.flock = flock
+sys.exit(tracking.main(sys.argv[1:]))
+"""
+
+
+def test_a_file_system_without_locks(run: Run, tmp_path: Path) -> None:
+    """Nor is what was left there by one who was killed elsewhere a lock."""
+    run.write(1, 2)
+    run.finish()
+    (run.path / "mlflow.lock").write_text("1\nelsewhere\n")
+    (tmp_path / "lockless.py").write_text(LOCKLESS)
+    done = warm_python(tmp_path / "lockless.py", run.path, "--drain", "0", cwd=tmp_path, env=environment())
+    assert (done.returncode, history(run)) == (0, expected(run)), done.stderr
+    assert done.stderr == f"MLflow may be sent {run.path} by others too: it is on a file system without locks\n"
+
+
 # ------------------------------------------------------------------------------------------------------- the server
 
 
@@ -348,6 +369,7 @@ sys.exit(tracking.main(sys.argv[1:]))
 
 def test_an_outage_costs_one_warning_and_no_line(run: Run, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Down at the start, up, killed in mid-run, up again: everything is there once."""
+    server.kill()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     said = run.path.parent / "stderr"
     with (

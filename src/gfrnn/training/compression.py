@@ -13,7 +13,7 @@ powersgd, whose decisions depend on the mean alone, going on from it is the same
 first changes, while what is left to be sent stays the same.
 
 local: every process takes optimizer steps with the gradient of its own rows, scaled so that the mean over processes
-is the global gradient, and clips by that one's norm. The mean over processes is taken before every look at the weights
+is the global gradient, and clips by its own norm. The mean over processes is taken before every look at the weights
 as well (validation, checkpoint), and the next K updates count from there; so a checkpoint has one set of weights, and
 a resumed run does what the uninterrupted one did. The loss in the logs is of the processes' own weights, each on its
 own rows; the gradient norm is the root of the mean square of the processes' own.
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gfrnn.config import CommunicationSettings
-from gfrnn.training.shards import Shards, leave_gradients
+from gfrnn.training.shards import Shards, leave_clipping, leave_gradients
 
 TensorsByKey = dict[str, dict[str, Tensor]]
 """What is kept: by kind, then by parameter name."""
@@ -45,6 +45,8 @@ class Exchange:
 
     apart = False
     """Whether processes' gradients, and their weights, differ between one averaging and the next."""
+    clip = 0.0
+    """Where they do: the largest norm of a process's own gradient; 0 does not clip."""
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         self.parameters = dict(parameters)
@@ -83,7 +85,8 @@ def make_exchange(settings: CommunicationSettings, shards: Shards, averages: Seq
     if kind == "topk":
         return TopK(parameters, settings.compression_share)
     if kind == "local":
-        return LocalUpdates(parameters, shards.engine.basic_optimizer, settings.local_updates, averages)
+        clip = leave_clipping(shards.engine)
+        return LocalUpdates(parameters, shards.engine.basic_optimizer, settings.local_updates, averages, clip)
     return Exchange(parameters)
 
 
@@ -202,9 +205,10 @@ class LocalUpdates(Exchange):
         optimizer: torch.optim.Optimizer,
         every: int,
         averages: Sequence[Tensor] = (),
+        clip: float = 0.0,
     ):
         super().__init__(parameters)
-        self.optimizer, self.every, self.averages, self.updates = optimizer, every, averages, 0
+        self.optimizer, self.every, self.averages, self.clip, self.updates = optimizer, every, averages, clip, 0
 
     def reduce(self) -> None:
         self.gradients()

@@ -25,13 +25,13 @@ def _keys(text: str) -> frozenset[str]:
 # Keys of the file that reach DeepSpeed as they are.
 PASSED = _keys(
     """
-    zero_optimization bf16 fp16 communication_data_type data_types comms_logger prescale_gradients
-    gradient_predivide_factor wall_clock_breakdown memory_breakdown dump_state disable_python_gc
+    zero_optimization bf16 fp16 communication_data_type data_types prescale_gradients
+    gradient_predivide_factor wall_clock_breakdown disable_python_gc
     """
 )
 
 # Of those, values that DeepSpeed does not check: what they may be, and the test.
-_BOOLEANS = _keys("prescale_gradients wall_clock_breakdown memory_breakdown dump_state disable_python_gc")
+_BOOLEANS = _keys("prescale_gradients wall_clock_breakdown disable_python_gc")
 _WIRE = ("fp32", "bf16", "fp16")
 
 # Keys whose value follows from the settings, or from what gfrnn is; a file may say the same or "auto".
@@ -64,7 +64,8 @@ _REFUSED = {
         """,
     "runs are tracked in MLflow": "tensorboard wandb comet csv_monitor",
     "speed, time and FLOP are in metrics.jsonl": "flops_profiler timers",
-    "logs are quiet": "log_level",
+    "logs are quiet": "comms_logger dump_state log_level",
+    "it resets the peak of memory that summary.json reports": "memory_breakdown",
     "its name is bf16": "bfloat16",
     "the recurrence chooses its own dtypes, use --dtype bf16": "torch_autocast",
 }
@@ -105,7 +106,6 @@ NESTED = {
         min_loss_scale fp16_master_weights_and_grads
         """
     ),
-    "comms_logger": _keys("enabled prof_all prof_ops verbose debug"),
     "data_types": _keys("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
 }
 
@@ -124,6 +124,16 @@ _NOT_SUPPORTED = {
     "zero_optimization.cpu_offload_param": 'it is written "offload_param": {"device": "cpu"}',
     "zero_optimization.cpu_offload_use_pin_memory": 'it is written "offload_optimizer": {"pin_memory": true}',
 }
+
+# Keys of zero_optimization that count elements.
+_COUNTS = _keys(
+    """
+    reduce_bucket_size allgather_bucket_size sub_group_size
+    prefetch_bucket_size stage3_prefetch_bucket_size param_persistence_threshold stage3_param_persistence_threshold
+    model_persistence_threshold stage3_model_persistence_threshold max_live_parameters stage3_max_live_parameters
+    max_reuse_distance stage3_max_reuse_distance
+    """
+)
 
 _SMALLEST_BUCKET = 2**19  # elements: 2 MiB
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines: never
@@ -245,6 +255,13 @@ class _Resolver:
             if not _is_off(_at({"zero_optimization": zero}, section, key)):
                 self.refuse(f"{path} is not supported: {reason}; remove it")
             zero.pop(key, None)
+        for key in sorted(_COUNTS & set(zero)):
+            value, least = zero[key], int(key == "reduce_bucket_size")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or value % 1 != 0 or value < least:
+                self.refuse(
+                    f"zero_optimization.{key} is {value!r}; it must be a whole number of elements, {least} or more"
+                )
         if zero.get("compute_grad_norm", True) is not True:
             self.refuse("zero_optimization.compute_grad_norm must stay true: runs report the gradient norm; remove it")
         if zero.get("zero_hpz_partition_size", 1) not in (0, 1):
@@ -260,10 +277,8 @@ class _Resolver:
                 self.refuse(f"zero_optimization.{key}.ratio is {offload['ratio']}; only all of it, 1.0, is supported")
 
     def scalars(self, resolved: dict[str, Any]) -> None:
-        logger = {f"comms_logger.{key}": value for key, value in resolved.get("comms_logger", {}).items()}
-        logger.pop("comms_logger.prof_ops", None)
-        for key, value in [*resolved.items(), *logger.items()]:
-            if (key in _BOOLEANS or key in logger) and not isinstance(value, bool):
+        for key, value in resolved.items():
+            if key in _BOOLEANS and not isinstance(value, bool):
                 self.refuse(f"{key} is {value!r}; it must be true or false")
         wire = resolved.get("communication_data_type", "fp32")
         if wire not in _WIRE:

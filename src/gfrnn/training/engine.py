@@ -20,7 +20,9 @@ from torch import nn
 from gfrnn.config import OptimizerSettings, UserError
 from gfrnn.training import network
 
-# Chosen before the import: DeepSpeed's own detection warns where there is no GPU, and would take Apple's.
+# Chosen before the import: DeepSpeed's own detection warns where there is no GPU, and would take Apple's. The question
+# goes to the driver's library: CUDA itself, once asked, does not work in forked processes.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\b")
 

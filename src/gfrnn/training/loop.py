@@ -341,10 +341,16 @@ class Trainer:
 
     def _peak_flops(self) -> float:
         """FLOP/s of large products here and now, over all processes."""
-        dtype = torch.bfloat16 if self.settings.batch.dtype == "bf16" else torch.float32
-        peak = torch.tensor([gemm_peak(self.device, dtype)], dtype=torch.float64, device=self.device)
+        peak = torch.tensor([gemm_peak(self.device, self.products_dtype)], dtype=torch.float64, device=self.device)
         dist.all_reduce(peak)
         return peak.item()
+
+    @property
+    def products_dtype(self) -> torch.dtype:
+        """bf16 with --dtype bf16, and where a DeepSpeed config keeps parameters so."""
+        narrow = self.settings.batch.dtype == "bf16"
+        narrow |= any(p.dtype == torch.bfloat16 for p in self.engine.module.parameters())
+        return torch.bfloat16 if narrow else torch.float32
 
     def _announce(self) -> None:
         s = self.settings

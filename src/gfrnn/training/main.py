@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from gfrnn import cli
@@ -131,14 +133,11 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder, heart: 
             heart.each_beat(lambda: _end_if_taken_over(run, heart))
     tracked = settings.run.mlflow and dist.get_rank() == 0
     tracker = Tracker.start(run.path, settings.run.experiment) if tracked else None
-    try:
-        trainer = Trainer(settings, ds_config, run, corpus, device, heart)
-    except BaseException:
-        if tracker is not None:
-            tracker.finish(timeout=20)  # or it may still write to the folder when another start has it
-        raise
-    with trainer.stop.listening():  # until MLflow has it all: a launcher ends the rest when the first process is gone
+    # until MLflow has it all: a launcher ends the rest when the first process is gone
+    with contextlib.ExitStack() as listening:
         try:
+            trainer = Trainer(settings, ds_config, run, corpus, device, heart)
+            listening.enter_context(trainer.stop.listening())
             summary = trainer.fit()
         except FileNotFoundError as error:
             if run.config_path.exists():
@@ -146,7 +145,7 @@ def train(settings: Settings, ds_config: dict[str, Any], run: RunFolder, heart: 
             raise UserError(f"--output-dir {run.path} was removed while it was trained in; start again") from error
         finally:
             if tracker is not None:
-                tracker.finish(timeout=20)
+                tracker.finish(timeout=20)  # or it may still write to the folder when another start has it
     if dist.get_rank() == 0:
         _print_results(summary, settings, run)
     dist.barrier()  # a process that leaves early breaks the connections of the rest
@@ -198,15 +197,23 @@ def _print_results(summary: dict[str, Any], settings: Settings, run: RunFolder) 
     if settings.run.mlflow:
         print(f"its curves: {ui_command(run.path)}")
     path = shlex.quote(str(run.path))
-    print(f"score it:   python src/evaluate.py {path}")
+    print(f"score it:   {_command('evaluate')} {path}")
     if settings.task == "text":
-        print(f"more text:  python src/sample.py {path} --prompt 'The '")
+        print(f"more text:  {_command('sample')} {path} --prompt 'The '")
     else:
-        print(f"predict:    python src/sample.py {path} --program FILE")
-    if settings.preset == "demo":
+        print(f"predict:    {_command('sample')} {path} --program FILE")
+    if settings.preset == "demo" and _IN_CHECKOUT:
         print("full size:  deepspeed src/train.py --deepspeed ds_configs/z2.json   (gf-lstm-5x700 on enwik8, for GPUs)")
-    if settings.preset == "programs-demo":
+    if settings.preset == "programs-demo" and _IN_CHECKOUT:
         print("full size:  deepspeed src/train.py --task programs --deepspeed ds_configs/z2.json   (for GPUs)")
+
+
+_IN_CHECKOUT = (Path(__file__).parents[2] / "evaluate.py").is_file()
+
+
+def _command(name: str) -> str:
+    """What starts another program of ours."""
+    return f"python src/{name}.py" if _IN_CHECKOUT else f"gfrnn-{name}"
 
 
 def print_presets() -> None:

@@ -224,6 +224,7 @@ def tracking_uri(run_dir: Path) -> str:
 
 def connect(uri: str, run_dir: Path, experiment: str) -> tuple[MlflowClient, str]:
     """A client, and the id of the experiment of that name; makes what is not there: the database, the experiment."""
+    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     if (database := sqlite_file(uri)) is not None and not database.exists():
@@ -232,7 +233,13 @@ def connect(uri: str, run_dir: Path, experiment: str) -> tuple[MlflowClient, str
     found = client.get_experiment_by_name(experiment)
     if found is not None:
         return client, str(found.experiment_id)
-    return client, str(client.create_experiment(experiment, _artifact_location(uri, run_dir)))
+    try:
+        return client, str(client.create_experiment(experiment, _artifact_location(uri, run_dir)))
+    except MlflowException:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise
+        return client, str(found.experiment_id)  # another was faster
 
 
 def without_password(uri: str) -> str:

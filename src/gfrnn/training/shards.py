@@ -189,13 +189,23 @@ def leave_gradients(engine: Any) -> None:
     engine.enable_backward_allreduce = False
 
 
+def leave_clipping(engine: Any) -> float:
+    """At stage 0: engine.step() does not clip from now on; DeepSpeed would by the mean of the processes' own norms.
+
+    Returns the norm that it would have clipped at, 0 for none.
+    """
+    clip: float = engine.gradient_clipping()
+    engine._config.gradient_clipping = 0.0
+    return clip
+
+
 def step(engine: Any, exchange: Exchange | None = None) -> Tensor | None:
     """engine.step(), and at the accumulation boundary the global L2 norm of the averaged gradient before clipping.
 
     A 0-dim tensor: float() of it waits for the device. Where the gradient is not finite, stages 1 to 3 skip the update
     and the norm is infinite; at stage 0 the norm is not finite either, but the weights are lost. None between
     boundaries. exchange: what is done about the processes' gradients at stage 0, after `leave_gradients`; where it
-    leaves them apart, the norm is this process's own.
+    leaves them apart, the norm is this process's own, and so is the clipping.
     """
     boundary = engine.is_gradient_accumulation_boundary()
     sharded = engine.zero_optimization_stage() > 0
@@ -204,6 +214,8 @@ def step(engine: Any, exchange: Exchange | None = None) -> Tensor | None:
         exchange.reduce()
     if boundary and not sharded:  # averaged by backward() or the exchange; DeepSpeed does not keep the norm it clips by
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        if exchange is not None and exchange.clip:
+            torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), exchange.clip, norm)
     engine.step()
     if boundary and exchange is not None:
         exchange.stepped()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -136,7 +137,7 @@ def send(run_dir: Path, experiment: str, *, follow: bool, drain: float) -> int:
     from filelock import FileLock, Timeout
 
     trainer = _Trainer(follow=follow, drain=drain)
-    lock = FileLock(run_dir / "mlflow.lock")  # freed by the system when its holder dies
+    lock = FileLock(run_dir / "mlflow.lock", fallback_to_soft=False)  # freed by the system when its holder dies
     while not lock.is_locked:
         try:
             lock.acquire(blocking=False)
@@ -145,6 +146,12 @@ def send(run_dir: Path, experiment: str, *, follow: bool, drain: float) -> int:
                 _say(f"is being sent {run_dir} by another process: wait for it, then {_send_command(run_dir)}")
                 return 1
             trainer.wait(0.5)
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            if not follow:  # else the trainer has said it
+                _say(f"may be sent {run_dir} by others too: it is on a file system without locks")
+            break
     sender = Sender(run_dir, experiment)
     failures, next_try = 0, 0.0
     while True:
