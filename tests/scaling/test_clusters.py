@@ -56,6 +56,16 @@ def test_figures_are_in_seconds_bytes_and_flops(tmp_path: Path) -> None:
     assert load_cluster(written(tmp_path, GOOD)).dollars_per_gpu_hour is None
 
 
+def test_whose_gpus_are_a_device(tmp_path: Path) -> None:
+    l4 = load_cluster(written(tmp_path, GOOD | {"gpu": "L4"}))
+    assert [l4.has(name) for name in ("NVIDIA L4", "NVIDIA L40S", "cpu")] == [True, False, False]
+    assert load_cluster("dgx-a100").has("NVIDIA A100-SXM4-80GB")
+    assert load_cluster("laptop").has("NVIDIA GeForce RTX 4070 Laptop GPU")
+    assert not load_cluster("laptop").has("NVIDIA GeForce RTX 4070")
+    assert not load_cluster(written(tmp_path, GOOD)).has("NVIDIA L4")
+    assert load_cluster(written(tmp_path, GOOD | {"gpu": 4070})).has("NVIDIA GeForce RTX 4070")
+
+
 def test_a_number_that_yaml_takes_for_text(tmp_path: Path) -> None:
     assert load_cluster(written(tmp_path, GOOD | {"nvlink_latency_us": "3e-1"})).intra.latency == pytest.approx(3e-7)
 

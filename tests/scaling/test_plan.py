@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from gfrnn.config import UserError, preset
+from gfrnn.scaling.folder import Result, StudyFolder
 from gfrnn.scaling.grid import Grid, How, expand, prepared
-from gfrnn.scaling.records import Point
+from gfrnn.scaling.plan import Peak, Planned, training_flags
+from gfrnn.scaling.records import Machine, Measurement, Point
 from launch import ROOT, environment, script
 
 DEMO = {"presets": ("demo",)}
@@ -94,6 +96,8 @@ def test_a_point_is_settings_and_a_config(tmp_path: Path) -> None:
     (own,) = points(ds_configs=(str(config),))
     assert prepared(own, How(), tmp_path)[1]["communication_data_type"] == "fp16"
     assert "says communication_data_type itself" in refused(ds_configs=(str(config),), compressions=("bf16",))
+    config.unlink()
+    assert prepared(own, How(), tmp_path, {"zero_optimization": {"stage": 3}})[1]["zero_optimization"]["stage"] == 3
 
 
 def test_plan_of_what_fits_and_what_does_not(tmp_path: Path) -> None:
@@ -123,6 +127,56 @@ def test_plan_of_what_fits_and_what_does_not(tmp_path: Path) -> None:
     assert longer["seconds"] == pytest.approx(20 + 5000 * longer["step_seconds"])
     for line in (tmp_path / "points.txt").read_text().splitlines():
         assert "--corpus text8" in line
+
+
+def test_points_as_trainings_say_their_compression() -> None:
+    several = points(world_sizes=(2,), compressions=("none", "powersgd", "topk", "local"))
+    lines = training_flags([planned(point) for point in several], How()).splitlines()
+    said = [line.partition(" --compression ")[2].partition(" ")[0] for line in lines]
+    assert said == ["", "powersgd", "topk", "local"]
+    (point,) = points(compressions=("bf16",))
+    with pytest.raises(UserError, match=r"leave it out, and put communication_data_type bf16 into a config of your"):
+        training_flags([planned(point)], How())
+
+
+def planned(point: Point) -> Planned:
+    return Planned(point, memory_bytes=1, room_bytes=2, flops=1, step_seconds=1, seconds=1)
+
+
+def test_a_cpus_peak_is_of_a_process_threads_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def peak(device: torch.device, dtype: torch.dtype) -> float:
+        threads.append(torch.get_num_threads())
+        return 8e9
+
+    monkeypatch.setattr("gfrnn.training.flops.gemm_peak", peak)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    threads: list[int] = []
+    before = torch.get_num_threads()
+    try:
+        for own, per_node, share in ((1, 1, 1), (1, 4, 1), (1, 8, 1 / 2), (2, 4, 1 / 2), (8, 1, 1), (8, 2, 1 / 2)):
+            found = Peak(0, None, own).of(Point(world_size=2 * per_node, nodes=2))
+            assert found == pytest.approx(8e9 / 2 * share)
+            assert threads.pop() == min(own, 4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_processes_reach_beside_as_many_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = StudyFolder(tmp_path / "s")
+    reached = {Point(world_size=1): 40, Point(world_size=2, nodes=2): 42, Point(world_size=8): 10}
+    study.begin(list(reached), How(threads=2))
+    for point, gflops in reached.items():
+        busy = (1 / gflops,) * point.world_size
+        found = Measurement(point, Machine("cpu", 2), flops=10**9 * point.world_size, busy_seconds=busy)
+        study.write(Result(found))
+    peak = Peak(0, study, threads=2)
+    expected = {(1, 1): 41, (2, 1): 41, (4, 1): 10, (16, 2): 10, (16, 1): 10, (4, 4): 41}
+    assert {key: peak.of(Point(world_size=key[0], nodes=key[1])) / 1e9 for key in expected} == pytest.approx(expected)
+    monkeypatch.setattr(Peak, "_measured", lambda self, dtype: 6e9)
+    assert Peak(0, study, threads=1).of(Point()) == 3e9  # other threads say nothing
 
 
 def test_answers_at_once() -> None:
@@ -172,5 +226,5 @@ def test_arrays_for_each_shape_of_job(tmp_path: Path) -> None:
         ["--array=5", "--nodes=2", "--ntasks-per-node=2"],
     ]
     for call in calls:
-        assert call[5:7] == ["--partition=gpu", "--gpus-per-task=1"]
-        assert call[7:] == [str(ROOT / "slurm/measure.sbatch"), str(tmp_path / "s"), "gfrnn-study"]
+        assert call[5:8] == ["--time=40", "--partition=gpu", "--gpus-per-task=1"]
+        assert call[8:] == [str(ROOT / "slurm/measure.sbatch"), str(tmp_path / "s"), "gfrnn-study"]

@@ -140,6 +140,58 @@ def test_two_machines_are_told_apart() -> None:
     assert "8 points on synthetic" in made.about or f"{len(POINTS)} points on synthetic" in made.about
 
 
+def test_each_machine_is_predicted_in_a_dtype_of_its_own() -> None:
+    one, sweep_one = study()
+    other, sweep_other = study(dataclasses.replace(MACHINE, network="1gbit"))
+    other = [dataclasses.replace(each, point=dataclasses.replace(each.point, dtype="bf16")) for each in other]
+    made = make([*one, *other], [*sweep_one, *sweep_other], clusters=[load_cluster("dgx-h100")])
+    titles = [each.title for each in made.sections]
+    for name in ("this network (synthetic)", "this network (1gbit)", "DGX H100, NDR InfiniBand"):
+        assert f"Predicted to 4096 processes, {name}" in titles
+
+
+def test_a_gpu_stands_for_clusters_of_its_kind_alone() -> None:
+    measurements, _ = study(dataclasses.replace(MACHINE, device="NVIDIA H100 80GB HBM3"))
+    gpu = [
+        dataclasses.replace(each, point=dataclasses.replace(each.point, dtype="bf16"))
+        for each in measurements
+        if each.point.world_size == 1
+    ]
+    names = ("dgx-h100", "hgx-h200")
+    h100, h200 = clusters = [load_cluster(name) for name in names]
+    cpu, timed = study()  # in fp32
+    faster = [dataclasses.replace(each, step_seconds=each.step_seconds / 9) for each in cpu]
+    made = make([*gpu, *faster], timed, clusters=clusters)
+    own, other = (section(made, f"Predicted to 4096 processes, {cluster.name}") for cluster in (h100, h200))
+    assert own.text == []
+    assert other.text == [
+        "No GPU of this kind was measured: what one computes is assumed from its data sheet, and so wide."
+    ]
+    best = max(gpu, key=lambda each: each.characters_per_second)
+    alone = next(row for row in own.rows if row[0] == "weak")
+    assert float(alone[-1]) == pytest.approx(1e3 * best.step_seconds, rel=0.15)
+
+
+def test_configs_are_those_that_were_measured(tmp_path: Path) -> None:
+    """Whatever has become of their files."""
+    measurements, timed = study()
+    content = {"zero_optimization": {"stage": 2}}
+    files = {"z0": str(tmp_path / "0.json"), "z2": str(tmp_path / "2.json")}
+    kept = [
+        dataclasses.replace(
+            each,
+            point=dataclasses.replace(each.point, ds_config=files[each.point.ds_config]),
+            config=content,
+        )
+        for each in measurements
+    ]
+    made = make(kept, timed, clusters=[load_cluster("dgx-h100")])
+    assert len(section(made, "The model and its residuals").rows) == len(POINTS)
+    kept = [dataclasses.replace(each, config={}) for each in kept]
+    with pytest.raises(UserError, match="No such file"):
+        make(kept, timed, clusters=[load_cluster("dgx-h100")])
+
+
 def test_a_point_that_failed_is_shown_with_its_reason() -> None:
     measurements, timed = study()
     failed = dataclasses.replace(measurements[-1], failed="out of memory: 3 of 2 GB")

@@ -15,6 +15,7 @@ from gfrnn.scaling.folder import Result, StudyFolder
 from gfrnn.scaling.grid import How
 from gfrnn.scaling.records import PARTS, Machine, Measurement, Point, Products, Timed
 from gfrnn.scaling.store import Store, log, read, tags
+from gfrnn.training.mlflow_sender import connect
 
 
 @pytest.fixture
@@ -52,6 +53,7 @@ def measurement(seed: int = 0, ranks: int = 3, **changes: Any) -> Measurement:
         noise_scale=draw(),
         bpc=draw(),
         trained_updates=3,
+        config={"zero_optimization": {"stage": 2, "overlap_comm": True}, "communication_data_type": "bf16"},
     )
     return dataclasses.replace(found, **changes)
 
@@ -144,6 +146,45 @@ def test_sent_once_however_often(uri: str, tmp_path: Path, monkeypatch: pytest.M
     assert all(run.data.metrics["updates"] == 30 for run in runs)
     client.create_run(experiment.experiment_id, tags=tags(results[0], "study"))  # another process had the same idea
     assert read(uri, "scaling")[0] == [result.measurement for result in results]
+
+
+def test_an_experiment_that_another_makes_meanwhile(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    made = MlflowClient(uri).create_experiment("scaling")
+    look = MlflowClient.get_experiment_by_name
+    looks: list[str] = []
+
+    def blind_at_first(self: MlflowClient, name: str) -> Any:
+        looks.append(name)
+        return look(self, name) if len(looks) > 1 else None
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", blind_at_first)
+    assert connect(uri, tmp_path, "scaling")[1] == made
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda self, name: None)
+    with pytest.raises(MlflowException, match="already exists"):
+        connect(uri, tmp_path, "scaling")
+
+
+def test_a_study_that_has_not_begun_is_made_anew(tmp_path: Path) -> None:
+    one, two = Point("demo"), Point("demo", world_size=2)
+    study = StudyFolder(tmp_path / "s")
+    study.begin([one, two], How(updates=3))
+    study.begin([], How())  # as it is
+    assert (study.points, study.how) == ([one, two], How(updates=3))
+    study.begin([], How(updates=4))
+    assert (study.points, study.how) == ([one, two], How(updates=4))
+    with pytest.raises(UserError, match="--train-updates is 5; 38 are made for the timing alone"):
+        study.begin([], How(train_updates=5))
+    study.begin([two], How(repeats=2))
+    again = StudyFolder(tmp_path / "s").read()
+    assert (again.points, again.how) == ([two], How(repeats=2))
+    study.note_submitted()
+    with pytest.raises(UserError, match="is measured with --updates 10, not 3"):
+        study.begin([one], How(updates=3))
+    study.begin([one], How())
+    assert (study.points, study.how) == ([two, one], How(repeats=2))
 
 
 def test_a_folder_gives_back_what_was_written(tmp_path: Path) -> None:

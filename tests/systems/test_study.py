@@ -64,6 +64,7 @@ def test_a_study_of_one_and_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     assert sorted(each.point.name for each in measurements) == sorted(point.name for point in folder.points)
     assert {(timed.nodes, timed.world_size) for _, timed in sweep} == {(1, 2), (1, 4), (2, 2), (2, 4)}
     assert submit(cluster, study) == []  # all are done
+    assert not list((study / "points").glob(".said-*"))
 
 
 def test_every_array_is_tried_and_what_sbatch_refuses_is_said(cluster: Cluster, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@
     memory_gbytes: 80
     memory_gbytes_per_second: 3350
     dollars_per_gpu_hour: 2.5          # may be missing
+    gpu: H100                          # words of its name as torch has it, by which it is known; may be missing
 
 Units are in the keys, thousands are 1000. Anything missing, unknown, or no number that is positive and finite is a
 UserError of one line with file, key and mend. Imports PyYAML when a file is read.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -40,7 +42,7 @@ _NUMBERS = {
     "memory_gbytes": "GB of memory a GPU",
     "memory_gbytes_per_second": "GB/s that a GPU reads its memory with",
 }
-_PRICE = "dollars_per_gpu_hour"
+_PRICE, _GPU = "dollars_per_gpu_hour", "gpu"
 _PRESETS = files("gfrnn.scaling") / "cluster_presets"
 
 
@@ -59,6 +61,13 @@ class Cluster:
     memory_bytes: float
     memory_bytes_per_second: float
     dollars_per_gpu_hour: float | None = None
+    gpu: str = ""
+    """Words of the GPU's name; "": not said."""
+
+    def has(self, device: str) -> bool:
+        """Whether its GPUs are such a device, by torch's name for it: H100 is NVIDIA H100 80GB HBM3, L4 is no L40."""
+        own, words = (set(re.split("[ -]+", name)) for name in (self.gpu, device))
+        return bool(self.gpu) and own <= words
 
     @property
     def network(self) -> Network:
@@ -108,7 +117,7 @@ def _read(file: Traversable, name: str) -> Cluster:
 
 
 def _cluster(content: dict[Any, Any], file: str) -> Cluster:
-    known = ("name", *_NUMBERS, _PRICE)
+    known = ("name", *_NUMBERS, _PRICE, _GPU)
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -120,7 +129,7 @@ def _cluster(content: dict[Any, Any], file: str) -> Cluster:
     numbers = {key: _number(file, key, content[key]) for key in _NUMBERS}
     if numbers["gpus_per_node"] % 1:
         raise UserError(f"{file}: gpus_per_node is {content['gpus_per_node']!r}; give a whole number")
-    price = content.get(_PRICE)
+    price, gpu = content.get(_PRICE), content.get(_GPU)
     return Cluster(
         name=str(content["name"]),
         gpus_per_node=int(numbers["gpus_per_node"]),
@@ -131,6 +140,7 @@ def _cluster(content: dict[Any, Any], file: str) -> Cluster:
         memory_bytes=numbers["memory_gbytes"] * 1e9,
         memory_bytes_per_second=numbers["memory_gbytes_per_second"] * 1e9,
         dollars_per_gpu_hour=None if price is None else _number(file, _PRICE, price),
+        gpu="" if gpu is None else str(gpu).strip(),
     )
 
 

@@ -3,8 +3,10 @@
     study.json                      its points, in order, and how they are measured
     points/NAME/measurement.json    what came of one: the measurement, and the collectives timed beside it
     points/NAME/rank-0.txt ...      what its processes said
+    points/.submitted               some were given to SLURM
 
-A point is done once its measurement.json is there, a failed one too; each file is written whole or not at all.
+A point is done once its measurement.json is there, a failed one too; each file is written whole or not at all. A study
+has begun once there is anything in points/.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 from gfrnn.config import UserError
 from gfrnn.runs import write_json
-from gfrnn.scaling.grid import How
+from gfrnn.scaling.grid import How, prepared
 from gfrnn.scaling.records import Machine, Measurement, Point, Products, Timed
 
 FORM = 1
@@ -60,25 +62,41 @@ class StudyFolder:
         return self
 
     def begin(self, points: list[Point], how: How) -> None:
-        """Makes the study, or adds points to it. Raises UserError if it was measured in another way."""
+        """Makes the study, or adds points to it. Raises UserError if it is measured in another way.
+
+        One that has not begun takes these points, if there are any, and this way in place of its own.
+        """
         if how.corpus_file is not None:  # processes may be started elsewhere
             how = dataclasses.replace(how, corpus_file=how.corpus_file.absolute())
         if self._file.exists():
             self.read()
-            was, now = (dataclasses.asdict(each) for each in (self.how, how))
-            other = next((name for name in was if was[name] != now[name]), None)
-            if other is not None and how != How():
-                flag = f"--{other.replace('_', '-')}"
-                raise UserError(
-                    f"{self.path} is measured with {flag} {was[other]}, not {now[other]}; take another folder"
-                )
-            how = self.how
+            if any(self.path.glob("points/*")):
+                self._check_same(how)
+                how = self.how
+            elif points:
+                self.points = []
+            elif how == How():
+                how = self.how
+            else:
+                for point in self.points:
+                    prepared(point, how, self.path)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} is there, and is not a study: give a new folder")
         self.points, self.how = list(dict.fromkeys([*self.points, *points])), how
         (self.path / "points").mkdir(parents=True, exist_ok=True)
         values = {"form": FORM, "how": _plain(how), "points": [dataclasses.asdict(point) for point in self.points]}
         write_json(self._file, values)
+
+    def _check_same(self, how: How) -> None:
+        was, now = (dataclasses.asdict(each) for each in (self.how, how))
+        other = next((name for name in was if was[name] != now[name]), None)
+        if other is not None and how != How():
+            flag = f"--{other.replace('_', '-')}"
+            raise UserError(f"{self.path} is measured with {flag} {was[other]}, not {now[other]}; take another folder")
+
+    def note_submitted(self) -> None:
+        """That SLURM will measure its points: it has begun."""
+        (self.path / "points/.submitted").touch()
 
     def of(self, point: Point) -> Path:
         """The folder of a point."""

@@ -18,8 +18,7 @@ from gfrnn.config import Corpus, Settings, UserError, preset, validate
 from gfrnn.scaling.records import Point
 from gfrnn.training.ds_config import load_ds_config, resolve_ds_config, stage_of
 
-_CONFIGS = Path(__file__).parents[3] / "ds_configs"  # of a checkout
-_NOISE_DECAY = 0.95
+_CONFIGS = Path(__file__).parents[1] / "ds_configs"  # in a checkout a link to its folder of that name
 _FOREVER = 10**9  # updates: how many are made is the measurement's to say
 
 Dtype = Literal["fp32", "bf16"]
@@ -213,11 +212,7 @@ def config_path(name: str) -> Path:
         if (folder / f"{name}.json").is_file():
             return folder / f"{name}.json"
     known = sorted({path.stem for folder in places for path in folder.glob("*.json")})
-    raise UserError(
-        f"--ds-configs {name} is unknown; there are {', '.join(known)}; or give a path"
-        if known
-        else f"--ds-configs {name}: there is no folder ds_configs here; give a path"
-    )
+    raise UserError(f"--ds-configs {name} is unknown; there are {', '.join(known)}; or give a path")
 
 
 def _spelled(config: str) -> str:
@@ -226,25 +221,27 @@ def _spelled(config: str) -> str:
     return config if path.stem == config else str(path.absolute())
 
 
-def prepared(point: Point, how: How, folder: Path) -> Changed:
-    """Settings and a resolved ds_config that train the point in a folder. Raises UserError for what cannot be."""
+def prepared(point: Point, how: How, folder: Path, config: dict[str, Any] | None = None) -> Changed:
+    """Settings and a resolved ds_config that train the point in a folder. Raises UserError for what cannot be.
+
+    config: the content of the point's ds_config, where it is known without the file.
+    """
     settings = preset(point.preset)
     batch = dataclasses.replace(settings.batch, rows=point.rows, steps=point.steps, dtype=_dtype(point.dtype))
     updates = how.train_updates or _FOREVER
     run = dataclasses.replace(settings.run, max_updates=updates, mlflow=False, checkpoint_minutes=0.0, time_limit=0.0)
-    if how.train_updates and point.world_size > 1 and point.compression not in _OF_WHOLE_GRADIENTS:
-        run = dataclasses.replace(run, noise_scale=_NOISE_DECAY)
     data = dataclasses.replace(settings.data, corpus=how.corpus, corpus_file=how.corpus_file)
-    path = config_path(point.ds_config)
+    path = config_path(point.ds_config) if config is None else Path(point.ds_config)
     settings = dataclasses.replace(settings, output_dir=folder, deepspeed=path, batch=batch, run=run, data=data)
     if point.compression not in COMPRESSIONS:
         raise UserError(f"compression {point.compression} is unknown; there are {', '.join(COMPRESSIONS)}")
-    settings, config = COMPRESSIONS[point.compression](settings, load_ds_config(path))
+    written = load_ds_config(path) if config is None else config
+    settings, changed = COMPRESSIONS[point.compression](settings, written)
     validate(settings)
     least = updates_for_timing(settings, how)
     if 0 < how.train_updates < least:
         raise UserError(f"--train-updates is {how.train_updates}; {least} are made for the timing alone")
-    return settings, resolve_ds_config(config, settings, world_size=point.world_size)
+    return settings, resolve_ds_config(changed, settings, world_size=point.world_size)
 
 
 def round_of(settings: Settings) -> int:

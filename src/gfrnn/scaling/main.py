@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, cast
 import tyro
 
 from gfrnn import cli
-from gfrnn.config import EXIT_STOPPED, UserError
+from gfrnn.config import EXIT_FAILED, EXIT_STOPPED, UserError
 from gfrnn.scaling.folder import StudyFolder
 from gfrnn.scaling.grid import Grid, How, expand
 from gfrnn.scaling.group import LIFELINE, Launcher
@@ -34,7 +34,7 @@ class PlanCommand:
     gflops: float = 0.0
     """GFLOP/s that a process trains at. Default: as --measured has it, else half of this machine's peak."""
     measured: Path | None = None
-    """A study that has measured points of the same presets."""
+    """A study that has measured points of the same presets, on a CPU with as many threads."""
     json: Path | None = None
     """Write the plan there too."""
     points: Path | None = None
@@ -49,7 +49,8 @@ class PlanCommand:
             if file is not None:
                 cli.check_writable(flag, file)
         measured = StudyFolder(self.measured).read() if self.measured is not None else None
-        planned = plan(points, self.how, peak=Peak(self.gflops, measured), memory=1e9 * self.memory)
+        peak = Peak(self.gflops, measured, self.how.threads)
+        planned = plan(points, self.how, peak=peak, memory=1e9 * self.memory)
         trainings = training_flags(planned, self.how) if self.points is not None else ""
         show(planned)
         for each in planned:
@@ -65,7 +66,8 @@ class PlanCommand:
 class RunCommand:
     """Measure the points of a study that are not done: here, or with --slurm (sbatch's flags after --).
 
-    A study that is there goes on; flags of a grid add points to it. Results go to its folder and to MLflow.
+    A study that is there goes on; flags of a grid add points to it, or replace them while nothing has begun. Results go
+    to its folder and to MLflow.
     """
 
     study: _Study
@@ -82,7 +84,7 @@ class RunCommand:
     slurm: bool = False
     """Submit an array for each number of nodes and processes, in place of measuring here."""
     dry_run: bool = False
-    """Print the calls of sbatch; submit nothing."""
+    """Print the calls of sbatch; submit nothing. The study is made, but has not begun."""
     experiment: str = "gfrnn-study"
     """MLflow's."""
 
@@ -105,10 +107,12 @@ class RunCommand:
                 if result is not None and result.measurement.failed:
                     (study.of(point) / "measurement.json").unlink()
         if self.slurm or self.dry_run:
-            if self.memory and not self.dry_run:  # of this machine nothing follows for a cluster's
-                refuse_large(study, numbers, 1e9 * self.memory)
+            if not self.dry_run:
+                if self.memory:  # of this machine nothing follows for a cluster's
+                    refuse_large(study, numbers, 1e9 * self.memory)
                 send(study, store)
-            submit(arrays(study, numbers, sbatch, self.experiment), dry_run=self.dry_run)
+            calls = arrays(study, numbers, sbatch, self.experiment, again=self.again and self.dry_run)
+            submit(study, calls, dry_run=self.dry_run)
             return
         run_here(study, numbers, store, self.launcher, 1e9 * self.memory)
         done = [study.result(point) for point in study.points]
@@ -131,6 +135,8 @@ class MeasureCommand:
         if os.environ.get(LIFELINE):
             threading.Thread(target=_end_with_stdin, daemon=True).start()
         study = StudyFolder(self.study).read()
+        if not os.environ.get(LIFELINE):  # else who started it looks at the clock
+            _end_after(study.how.limit)
         point = study.point(self.number)
         if study.result(point) is not None:
             cli.say(f"point {self.number} is done: {point.name}")
@@ -220,6 +226,13 @@ def _end_with_stdin() -> None:
     while sys.stdin.buffer.read(1):
         pass
     os._exit(EXIT_STOPPED)
+
+
+def _end_after(minutes: float) -> None:
+    """This process, as failed."""
+    timer = threading.Timer(60 * minutes, cli.end, (f"failed: took more than {minutes:g} minutes", EXIT_FAILED))
+    timer.daemon = True
+    timer.start()
 
 
 Command = Union[  # noqa: UP007  # tyro reads it at run time; another subcommand is a line here

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from gfrnn.config import Stopped, UserError
 from gfrnn.scaling.folder import Result, StudyFolder
-from gfrnn.scaling.grid import How, prepared, round_of, updates_in_a_row
+from gfrnn.scaling.grid import How, config_path, prepared, round_of, updates_in_a_row
 from gfrnn.scaling.records import PARTS, Machine, Measurement, Point, Products
 from gfrnn.scaling.volume import predicted
+from gfrnn.training.ds_config import load_ds_config
 from gfrnn.training.memory import estimate
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _TRACED = 3  # updates in a profiler's trace, on a GPU
 _PRODUCTS_SECONDS = 1.0  # after each row of updates
+_NOISE_DECAY = 0.95
 
 
 @dataclass
@@ -82,6 +84,7 @@ def measure(study: StudyFolder, point: Point) -> None:
     from gfrnn.training.loop import Trainer
 
     how, folder = study.how, study.of(point) / "run"
+    written = load_ds_config(config_path(point.ds_config))
     settings, config = prepared(point, how, folder)
     theory = copy.deepcopy(config)  # DeepSpeed changes its own
     corpus = load_corpus(settings)
@@ -122,6 +125,7 @@ def measure(study: StudyFolder, point: Point) -> None:
         characters=trainer.task.characters(trainer.position.step),
         flops=trainer.task.flops(trainer.position.step),
         parameters=trainer.parameters,
+        config=written,
         **trained,
     )
     study.write(Result(measurement, tuple(network)))
@@ -137,7 +141,6 @@ def one_update(trainer: Trainer) -> None:
 
 def timed(trainer: Trainer, stopwatch: Stopwatch, how: How) -> Own:
     """Warms up, then times rows of updates; collective."""
-    import torch
     import torch.distributed as dist
 
     from gfrnn.nn import LanguageModel
@@ -147,7 +150,7 @@ def timed(trainer: Trainer, stopwatch: Stopwatch, how: How) -> Own:
 
     own, watch, counter = Own(), stopwatch.watch, EnergyCounter(trainer.device)
     batch = trainer.settings.batch
-    dtype = torch.bfloat16 if batch.dtype == "bf16" else torch.float32
+    dtype = trainer.products_dtype
     timer: ProductTimer | None = None
     rows = math.ceil(math.ceil(batch.rows / dist.get_world_size()) / batch.accumulation)
     for _ in range(how.warm_up):
@@ -175,12 +178,19 @@ def timed(trainer: Trainer, stopwatch: Stopwatch, how: How) -> Own:
 
 
 def _trained(trainer: Trainer, updates: int) -> dict[str, Any]:
-    """Fields of a Measurement after so many updates in all; collective."""
+    """Fields of a Measurement after so many updates in all; collective.
+
+    The noise scale is looked at from here on: what that takes is not in the updates that were timed.
+    """
+    from gfrnn.training.noise_scale import NoiseScale, PartNorms
+
+    if trainer.world_size > 1 and trainer.settings.communication.compression == "none":
+        trainer.noise, trainer.parts = NoiseScale(_NOISE_DECAY), PartNorms(trainer.shards.parameters.values())
     while trainer.position.step < updates:
         one_update(trainer)
     return {
         "bpc": trainer.score()["bpc"],
-        "noise_scale": trainer.noise.value if trainer.settings.run.noise_scale else None,
+        "noise_scale": trainer.noise.value if trainer.parts is not None else None,
         "trained_updates": updates,
     }
 

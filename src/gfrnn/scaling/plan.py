@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import shlex
 import statistics
@@ -85,7 +86,7 @@ def _refusal(expected: Estimate, there: float) -> str:
 
 def room(point: Point, memory: float) -> float:
     """Bytes that a process of the point may take: what is given, else a GPU's, else a share of this machine's."""
-    return memory or _gpu_memory() or _memory_here() / (point.world_size // point.nodes)
+    return memory or _gpu_memory() or _memory_here() / _per_node(point)
 
 
 @functools.cache
@@ -113,29 +114,41 @@ class Peak:
     """FLOP/s that a process trains at: given; as measured points of the same preset did; or half this machine's peak.
 
     Args:
-        gflops: of a process; 0: not known. measured: a study with such points.
+        gflops: of a process; 0: not known. measured: a study with such points; on a CPU one of as many threads.
+        threads: of a process, on a CPU.
     """
 
-    def __init__(self, gflops: float, measured: StudyFolder | None) -> None:
-        self._given = 1e9 * gflops
-        self._reached: dict[tuple[str, str], list[float]] = {}
+    def __init__(self, gflops: float, measured: StudyFolder | None, threads: int) -> None:
+        self._given, self._threads = 1e9 * gflops, min(threads, _cores())
+        self._reached: dict[tuple[str, str], dict[int, list[float]]] = {}
+        """By preset and dtype, then by processes a node."""
         self._here: dict[str, float] = {}
-        for point in measured.points if measured is not None else ():
-            result = measured.result(point) if measured is not None else None
-            if result is not None and not result.measurement.failed:
-                found = result.measurement
-                busy = statistics.fmean(found.busy_seconds)
-                reached = found.flops / busy / point.world_size
-                self._reached.setdefault((point.preset, point.dtype), []).append(reached)
+        if measured is not None:
+            self._take(measured, threads)
+
+    def _take(self, study: StudyFolder, threads: int) -> None:
+        for point in study.points:
+            result = study.result(point)
+            if result is None or result.measurement.failed:
+                continue
+            found = result.measurement
+            if found.machine.device == "cpu" and study.how.threads != threads:
+                continue
+            reached = found.flops / statistics.fmean(found.busy_seconds) / point.world_size
+            by_share = self._reached.setdefault((point.preset, point.dtype), {})
+            by_share.setdefault(_per_node(point), []).append(reached)
 
     def of(self, point: Point) -> float:
         """For a process of this point."""
         if self._given:
             return self._given
+        per_node = _per_node(point)
         reached = self._reached.get((point.preset, point.dtype))
         if reached:
-            return statistics.median(reached)
-        return _SHARE * self._measured(point.dtype) / (1 if self._cuda else point.world_size // point.nodes)
+            nearest = min(reached, key=lambda number: abs(math.log2(number / per_node)))
+            return statistics.median(reached[nearest])
+        peak = _SHARE * self._measured(point.dtype)
+        return peak if self._cuda else peak * min(1.0, _cores() / (per_node * self._threads))
 
     @property
     def _cuda(self) -> bool:
@@ -144,15 +157,27 @@ class Peak:
         return torch.cuda.is_available()
 
     def _measured(self, dtype: str) -> float:
-        """Of large products on this machine (a GPU of it) now."""
+        """Of large products on this machine (a GPU of it, or so many threads) now."""
         if dtype not in self._here:
             import torch
 
             from gfrnn.training.flops import gemm_peak
 
             device = torch.device("cuda" if self._cuda else "cpu")
+            if not self._cuda:
+                torch.set_num_threads(self._threads)
             self._here[dtype] = gemm_peak(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
         return self._here[dtype]
+
+
+def _per_node(point: Point) -> int:
+    """Processes."""
+    return point.world_size // point.nodes
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------- what is printed
@@ -216,8 +241,11 @@ def training_flags(planned: Sequence[Planned], how: How) -> str:
         if each.refused:
             continue
         point = each.point
-        if point.compression != "none":
-            raise UserError(f"--points: {point.name}: flags of src/train.py cannot say its compression; leave it out")
+        if point.compression == "bf16":
+            raise UserError(
+                f"--points: {point.name}: flags of src/train.py cannot say its compression; leave it out, and put "
+                "communication_data_type bf16 into a config of your own"
+            )
         settings, _ = prepared(point, how, Path("study"))
         assert settings.deepspeed is not None
         flags = [
@@ -229,5 +257,7 @@ def training_flags(planned: Sequence[Planned], how: How) -> str:
             str(point.rows),
         ]
         flags += ["--steps", str(point.steps), "--dtype", point.dtype, "--output-dir", f"runs/{point.name}", *text]
+        if point.compression != "none":
+            flags += ["--compression", point.compression]
         lines.append(f"{shlex.join(flags)}  # {point.world_size} processes on {point.nodes} nodes\n")
     return "".join(lines)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 PARTS = ("forward", "backward", "communication", "optimizer", "other")
 """Of an update's time, one after another. communication: what the process waited for it, not what others hid."""
@@ -120,6 +121,8 @@ class Measurement:
     bpc: float | None = None
     """Validation bits a character after `trained_updates`, if the point was trained for it."""
     trained_updates: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    """The content of the point's ds_config; earlier versions did not keep it."""
 
     @property
     def characters_per_second(self) -> float:

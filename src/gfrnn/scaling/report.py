@@ -37,8 +37,9 @@ def make(
         reasons = "; ".join(sorted({each.failed for each in measurements}))
         raise UserError(f"every point of the study failed ({reasons}): there is nothing to report")
     report = Report(f"How {presets[0]} scales", _about(ran))
+    configs = report_predicted.configs_of(ran)
     models = {
-        machine: report_predicted.model_of(machine, ran, sweep)
+        machine: report_predicted.model_of(machine, ran, sweep, configs)
         for machine in dict.fromkeys(each.machine for each in ran)
     }
     report_measured.scaling(report, ran)
@@ -46,8 +47,8 @@ def make(
     report_measured.memory(report, ran)
     report_measured.volume(report, ran)
     report_measured.learning(report, ran)
-    report_predicted.fits(report, ran, sweep, models)
-    report_predicted.outlook(report, ran, models, clusters, target)
+    report_predicted.fits(report, models, configs)
+    report_predicted.outlook(report, ran, models, configs, clusters, target)
     done = {(each.point, each.machine.network) for each in ran}
     failed = [each for each in measurements if each.failed and (each.point, each.machine.network) not in done]
     if failed:

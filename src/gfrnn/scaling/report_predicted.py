@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gfrnn.config import UserError
 from gfrnn.scaling import figures
 from gfrnn.scaling.clusters import Cluster
 from gfrnn.scaling.grid import How, prepared
+from gfrnn.scaling.model_fit import Configs
 from gfrnn.scaling.page import Report, Section
 from gfrnn.scaling.prediction import (
     HeldOut,
@@ -40,14 +41,29 @@ _GROUPS: dict[str, Callable[[Measurement], Hashable]] = {
 """What is held out, in turn, and predicted from the rest."""
 
 
-def fits(report: Report, ran: Sequence[Measurement], sweep: Sequence[tuple[Machine, Timed]], models: Models) -> None:
+class _Place(NamedTuple):
+    """Where more processes than were measured are predicted."""
+
+    name: str
+    model: Model
+    point: Point
+    """The fastest for a process, of those that the model speaks of."""
+    per_node: int
+    """Processes."""
+    price: float | None = None
+    """Dollars a GPU-hour."""
+    assumed: bool = False
+    """Whether nobody has measured such a GPU."""
+
+
+def fits(report: Report, models: Models, configs: Configs) -> None:
     section = Section("The model and its residuals")
     section.header = ["point", "measured, ms", "predicted, ms", "90 %", "error", "inside"]
     found: list[Residual] = []
     for fitted in models.values():
         if fitted is not None:
             model, own, _ = fitted
-            found += residuals(model, usable(own), ds_config_of)
+            found += residuals(model, usable(own), configs)
     if not found:
         section.text.append(
             "No model: it takes points that were measured, and timed collectives beside several processes."
@@ -78,7 +94,7 @@ def fits(report: Report, ran: Sequence[Measurement], sweep: Sequence[tuple[Machi
         _, own, timed = fitted
         for name, group in _GROUPS.items():
             if len({group(each) for each in own}) > 1:
-                section.text.append(_held_out(name, machine, held_out(own, timed, ds_config_of, group)))
+                section.text.append(_held_out(name, machine, held_out(own, timed, configs, group)))
     report.sections.append(section)
     report.conclusions.append(
         f"The model of a step's time is {statistics.median(errors):.1%} off in the median, {max(errors):.1%} at worst, "
@@ -100,48 +116,52 @@ def outlook(
     report: Report,
     ran: Sequence[Measurement],
     models: Models,
+    configs: Configs,
     clusters: Sequence[Cluster],
     target: Target | None,
 ) -> None:
-    best = max(ran, key=lambda each: each.characters_per_second / each.point.world_size)
     measured = {machine: fitted for machine, fitted in models.items() if fitted is not None}
-    places: list[tuple[str, Model, int, float | None]] = []
-    """Name, model, processes a node, dollars a GPU-hour."""
-    for machine, (model, _, _) in measured.items():
+    places: list[_Place] = []
+    for machine, (model, own, _) in measured.items():
         if model.network is not None:
             name = f"this network ({machine.network})" if machine.network else "machines such as these"
-            own = [each.point for each in ran if each.machine == machine and each.point.nodes > 1]
-            per_node = max((point.world_size // point.nodes for point in own), default=8)
-            places.append((name, model, per_node, None))
-    gpus = next((model for machine, (model, _, _) in measured.items() if machine.device != "cpu"), None)
+            several = [each.point for each in own if each.point.nodes > 1]
+            per_node = max((point.world_size // point.nodes for point in several), default=8)
+            places.append(_Place(name, model, _fastest(usable(own)), per_node))
     for cluster in clusters:
-        places.append(
-            (
-                cluster.name,
-                for_cluster(cluster, [best.point], gpus),
-                cluster.gpus_per_node,
-                cluster.dollars_per_gpu_hour,
-            )
-        )
-    for name, model, per_node, price in places:
-        point = replace(best.point, compression="none")
+        gpu = next((model for machine, (model, _, _) in measured.items() if cluster.has(machine.device)), None)
+        dtypes = {dtype for _, dtype in gpu.computes} if gpu is not None else {each.point.dtype for each in ran}
+        point = _fastest([each for each in ran if each.point.dtype in dtypes])
+        model = for_cluster(cluster, [point], gpu)
+        price = cluster.dollars_per_gpu_hour
+        places.append(_Place(cluster.name, model, point, cluster.gpus_per_node, price, assumed=gpu is None))
+    for place in places:
+        name, model, point, per_node, _, assumed = place
         each = max(1, point.rows // point.world_size)
-        strong = scaled(model, replace(point, rows=max(point.rows, 64)), ds_config_of, per_node=per_node, kind="strong")
-        weak = scaled(model, replace(point, rows=each), ds_config_of, per_node=per_node, kind="weak")
+        strong = scaled(model, replace(point, rows=max(point.rows, 64)), configs, per_node=per_node, kind="strong")
+        weak = scaled(model, replace(point, rows=each), configs, per_node=per_node, kind="weak")
         section = Section(f"Predicted to 4096 processes, {name}")
         section.figure = figures.outlook(
             {f"strong, {strong[0].point.rows} rows": strong, f"weak, {each} rows a process": weak}
         )
         section.header = ["scaling", "processes", "characters/s", "efficiency", "90 %", "step, ms"]
         section.rows = [_row(kind, found) for kind, all_ in (("strong", strong), ("weak", weak)) for found in all_]
-        if any(cluster.name == name for cluster in clusters) and gpus is None:
-            section.text.append("No GPU was measured: what one computes is assumed from its data sheet, and so wide.")
+        if assumed:
+            section.text.append(
+                "No GPU of this kind was measured: what one computes is assumed from its data sheet, and so wide."
+            )
         report.sections.append(section)
         for kind, found in (("strong", strong), ("weak", weak)):
             report.conclusions.append(_beyond(name, kind, found))
         if target is not None:
             worlds = [found.point.world_size for found in weak]
-            _to_target(report, name, model, point, per_node, worlds, target, price)
+            _to_target(report, place, configs, worlds, target)
+
+
+def _fastest(several: Sequence[Measurement]) -> Point:
+    """With most characters a second for a process; uncompressed."""
+    best = max(several, key=lambda each: each.characters_per_second / each.point.world_size)
+    return replace(best.point, compression="none")
 
 
 def _row(kind: str, found: Prediction) -> list[str]:
@@ -168,37 +188,38 @@ def _beyond(name: str, kind: str, found: Sequence[Prediction]) -> str:
 _IN_WORDS = {"other": "what each update costs, however small,"}
 
 
-def ds_config_of(point: Point) -> dict[str, Any]:
-    """A point's DeepSpeed config, resolved."""
-    return prepared(point, How(), Path("study"))[1]
+def ds_config_of(point: Point, written: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A point's DeepSpeed config, resolved: of what is written in its file, which is read if that is not given."""
+    return prepared(point, How(), Path("study"), written)[1]
 
 
-def model_of(machine: Machine, ran: Sequence[Measurement], sweep: Sequence[tuple[Machine, Timed]]) -> Fitted | None:
+def configs_of(ran: Sequence[Measurement]) -> Configs:
+    """The same, of what was written in the files when these were measured."""
+    written = {each.point.ds_config: each.config for each in ran if each.config}
+    return lambda point: ds_config_of(point, written.get(point.ds_config))
+
+
+def model_of(
+    machine: Machine, ran: Sequence[Measurement], sweep: Sequence[tuple[Machine, Timed]], configs: Configs
+) -> Fitted | None:
     """Of one machine, with what it was fitted to; None if it has points of several processes and nothing was timed."""
     own = [each for each in ran if each.machine == machine]
     timed = [each for where, each in sweep if where == machine]
     if not timed and any(each.point.world_size > 1 for each in own):
         return None
     try:
-        return fit(own, timed, ds_config_of), own, timed
+        return fit(own, timed, configs), own, timed
     except UserError:  # nothing that a model can be fitted to
         return None
 
 
-def _to_target(
-    report: Report,
-    name: str,
-    model: Model,
-    point: Point,
-    per_node: int,
-    worlds: Sequence[int],
-    target: Target,
-    price: float | None,
-) -> None:
+def _to_target(report: Report, place: _Place, configs: Configs, worlds: Sequence[int], target: Target) -> None:
+    name, model, point, per_node, price, _ = place
+
     def seconds(world_size: int, rows: int) -> float:
         nodes = max(1, world_size // per_node)
         at = replace(point, world_size=world_size, nodes=nodes, rows=rows)
-        return model.predict(at, ds_config_of(at)).step_seconds
+        return model.predict(at, configs(at)).step_seconds
 
     rows = [2**power for power in range(3, 17)]
     found = outlooks(target.reference, target.critical, seconds, steps=point.steps, world_sizes=worlds, rows=rows)

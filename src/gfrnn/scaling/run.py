@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from gfrnn.scaling.records import Point
 from gfrnn.scaling.store import Store
 
 ROOT = Path(__file__).parents[3]
+_MORE_MINUTES = 10  # of an array's task than of its point: to start, and to collect
 
 
 def run_here(study: StudyFolder, numbers: Sequence[int], store: Store, launcher: Launcher, memory: float) -> None:
@@ -103,12 +105,18 @@ def refuse_large(study: StudyFolder, numbers: Sequence[int], memory: float) -> N
             _settle(study, number, why)
 
 
-def arrays(study: StudyFolder, numbers: Sequence[int], sbatch: Sequence[str], experiment: str) -> list[list[str]]:
-    """A call of sbatch for each shape of job among the points that are not done: an array has one."""
+def arrays(
+    study: StudyFolder, numbers: Sequence[int], sbatch: Sequence[str], experiment: str, *, again: bool = False
+) -> list[list[str]]:
+    """A call of sbatch for each shape of job among the points that are not done: an array has one.
+
+    again: points that failed are not done.
+    """
     shapes: dict[tuple[int, int], list[int]] = {}
     for number in numbers:
         point = study.point(number)
-        if study.result(point) is None:
+        result = study.result(point)
+        if result is None or (again and result.measurement.failed):
             shapes.setdefault((point.nodes, point.world_size // point.nodes), []).append(number)
     home = _home()
     return [
@@ -118,6 +126,7 @@ def arrays(study: StudyFolder, numbers: Sequence[int], sbatch: Sequence[str], ex
             f"--array={','.join(map(str, shape))}",
             f"--nodes={nodes}",
             f"--ntasks-per-node={per_node}",
+            f"--time={math.ceil(study.how.limit) + _MORE_MINUTES}",
             *sbatch,
             str(home / "slurm/measure.sbatch"),
             str(study.path.absolute()),
@@ -135,7 +144,7 @@ def _home() -> Path:
     raise UserError("there is no slurm/measure.sbatch here: call study.py from a checkout of gfrnn")
 
 
-def submit(calls: Sequence[Sequence[str]], *, dry_run: bool) -> None:
+def submit(study: StudyFolder, calls: Sequence[Sequence[str]], *, dry_run: bool) -> None:
     """Makes the calls, with their job numbers on stdout; or prints them. Raises UserError if some are refused."""
     if not calls:
         say("nothing is left to measure")
@@ -149,6 +158,7 @@ def submit(calls: Sequence[Sequence[str]], *, dry_run: bool) -> None:
     for call in calls:  # one that is refused does not keep the others from their turn
         done = subprocess.run(call, cwd=_home(), stdout=subprocess.PIPE, text=True)
         if done.returncode == 0:
+            study.note_submitted()
             print("study", done.stdout.strip().partition(";")[0], flush=True)
         else:
             refused.append(shlex.join(call))

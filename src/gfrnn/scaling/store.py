@@ -194,6 +194,8 @@ def _metrics(measurement: Measurement) -> dict[str, float]:
         return {}
     found: dict[str, float] = {}
     for field in dataclasses.fields(measurement):
+        if field.name == "config":
+            continue
         value = getattr(measurement, field.name)
         if isinstance(value, int | float):
             found[field.name] = float(value)
