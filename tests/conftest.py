@@ -6,9 +6,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are tiny, and tests share the
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import launch
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    launch.end_all()
 
 
 @pytest.fixture(scope="session")

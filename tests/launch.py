@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -82,7 +83,7 @@ def start_training(
     else:
         assert processes == 1, "several processes need the launcher"
         head = [sys.executable]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*head, *tail],
         env=environment(PATH=f"{BIN}:{os.environ['PATH']}"),
         stdout=subprocess.PIPE,
@@ -92,6 +93,8 @@ def start_training(
         preexec_fn=as_from_a_terminal,
         cwd=output_dir.parent,
     )
+    _started.append(process)
+    return process
 
 
 def start_ranks(
@@ -106,7 +109,7 @@ def start_ranks(
 
     only: the first so many. extra: more of the environment, by rank. where: what stands before its command.
     """
-    return [
+    ranks = [
         subprocess.Popen(
             [*where(rank), sys.executable, *map(str, command)],
             env=env,
@@ -116,6 +119,22 @@ def start_ranks(
         )
         for rank, env in enumerate(_ranks(processes, only, extra))
     ]
+    _started.extend(ranks)
+    return ranks
+
+
+_started: list[subprocess.Popen[str]] = []
+
+
+def end_all() -> None:
+    """Kills what was started in the background, with all that it has started, where a test has failed to end it."""
+    for process in _started:
+        if process.poll() is None:
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.communicate()
+    _started.clear()
 
 
 def warm_ranks(

@@ -105,7 +105,7 @@ def test_bad_flags(flags: list[str], said: str, tmp_path: Path) -> None:
 
 
 CONFIGS = {
-    "malformed": ('{"zero_optimization": {\n  "stage": 2,}}', "config.json:2:14: not JSON"),
+    "malformed": ('{"zero_optimization": {\n  "stage": two}}', "config.json:2:12: not JSON"),
     "contradicts": ('{"gradient_clipping": 3.5}', "gradient_clipping is 3.5"),
     "unknown key": ('{"zero_optimisation": {"stage": 2}}', "did you mean zero_optimization?"),
 }
