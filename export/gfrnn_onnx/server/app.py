@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from gfrnn_onnx.runner import Step
-from gfrnn_onnx.server.completions import Run, States, check_ends, check_values, read_texts, submit
+from gfrnn_onnx.server.completions import Run, States, built, check_ends, check_values, read_texts, submit
 from gfrnn_onnx.server.engine import Engine, Job, finished
 from gfrnn_onnx.server.limits import GONE, Gate, Limits, error_response
 from gfrnn_onnx.server.metrics import Metrics
@@ -180,7 +180,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         async def done() -> bytes:
             await finished(jobs)
             check_ends(jobs)
-            return await asyncio.to_thread(_scores, jobs)
+            return await built(lambda: _scores(jobs), jobs)
 
         try:
             answer = await _unless_gone(request, done())

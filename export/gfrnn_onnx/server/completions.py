@@ -7,7 +7,8 @@ import json
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from gfrnn_onnx.sampling import Sampling
@@ -30,6 +31,9 @@ from gfrnn_onnx.server.text import Characters, decode, held_back, name, offsets
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _MOST_STOPS, _LONGEST_STOP = 16, 1024
+_SMALL = 1000  # bytes that an answer is about
+_BUILDER = ThreadPoolExecutor(1, "answers")
+"""One thread: more would take turns anyway, and each would hold on to memory of its own."""
 
 
 class States:
@@ -128,6 +132,13 @@ def check_ends(jobs: list[Job]) -> None:
         raise ApiError(408, "the request took longer than this server allows", code="timeout")
 
 
+async def built(answer: Callable[[], bytes], jobs: list[Job]) -> bytes:
+    """An answer about jobs that have ended; a large one is built beside the event loop, which others wait for."""
+    if sum(len(job.prompt) + len(job.text) for job in jobs) <= _SMALL:
+        return answer()
+    return await asyncio.get_running_loop().run_in_executor(_BUILDER, answer)
+
+
 class Run:
     """A request at work. Raises ApiError for what cannot be asked."""
 
@@ -197,7 +208,7 @@ class Run:
         await finished(self.jobs)
         check_ends(self.jobs)
         kept = [None if job.state is None else self.states.keep(job.state) for job in self.jobs]
-        return await asyncio.to_thread(self._answer, kept)  # it may be large, and others are not to wait for it
+        return await built(lambda: self._answer(kept), self.jobs)
 
     def _answer(self, kept: list[str | None]) -> bytes:
         """kept: the names of the choices' states."""
