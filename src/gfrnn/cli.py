@@ -221,6 +221,11 @@ def check_writable(flag: str, file: Path) -> None:
         raise UserError(f"{flag} {file}: cannot be written: give a file in a folder that exists")
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def rank() -> int:
     """This process's number among all; 0 without a launcher."""
     text = os.environ.get("RANK", "0")

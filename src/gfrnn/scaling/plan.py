@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from gfrnn import cli
 from gfrnn.config import UserError, networks
 from gfrnn.scaling.folder import StudyFolder
 from gfrnn.scaling.grid import How, prepared, updates_for_timing
@@ -119,7 +120,7 @@ class Peak:
     """
 
     def __init__(self, gflops: float, measured: StudyFolder | None, threads: int) -> None:
-        self._given, self._threads = 1e9 * gflops, min(threads, _cores())
+        self._given, self._threads = 1e9 * gflops, min(threads, cli.cores())
         self._reached: dict[tuple[str, str], dict[int, list[float]]] = {}
         """By preset and dtype, then by processes a node."""
         self._here: dict[str, float] = {}
@@ -148,7 +149,7 @@ class Peak:
             nearest = min(reached, key=lambda number: abs(math.log2(number / per_node)))
             return statistics.median(reached[nearest])
         peak = _SHARE * self._measured(point.dtype)
-        return peak if self._cuda else peak * min(1.0, _cores() / (per_node * self._threads))
+        return peak if self._cuda else peak * min(1.0, cli.cores() / (per_node * self._threads))
 
     @property
     def _cuda(self) -> bool:
@@ -173,11 +174,6 @@ class Peak:
 def _per_node(point: Point) -> int:
     """Processes."""
     return point.world_size // point.nodes
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------- what is printed

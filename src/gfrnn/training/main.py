@@ -173,8 +173,7 @@ def _finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:
 def _share_cores() -> None:
     """Without a word from the user, the processes of a node share its cores (read by OpenMP when torch is imported)."""
     here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or cli.world_size())
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cli.cores() // here)))
 
 
 # ------------------------------------------------------------------------------------------- what is printed
