@@ -3,8 +3,8 @@
     python benchmarks/ablations.py run runs/ablations --preset demo --updates 500 --seeds 3
     python benchmarks/ablations.py report runs/ablations --markdown ablations.md --csv ablations.csv
 
-`ABLATIONS` says which tricks there are and what turns them off; those that the recipe does not have are left out, with
-a word. Every training is src/train.py and reads as many characters in as many updates. Started again, `run` goes on
+`ABLATIONS` says which tricks there are and what turns them off; two that a recipe may do without are tried on instead.
+Where a recipe has nothing to turn off, or on, that is left out, with a word. Every training is src/train.py and reads as many characters in as many updates. Started again, `run` goes on
 where it was. What follows after -- goes to every training: -- --embedding-size 64.
 
 Validation text chooses a run's checkpoint and the step size of dynamic evaluation, run by run; test text is scored with
@@ -63,13 +63,15 @@ ABLATIONS: dict[str, Callable[[Settings], list[str]]] = {
     "half segments": lambda s: half_segments(s.batch),
     "no input-gate cap": lambda s: ["--no-cap-input-gate"],
     "one-hot input": lambda s: ["--embedding-size", "0"],
+    "with input-gate cap": lambda s: ["--cap-input-gate"],
+    "with an embedding of 64": lambda s: [] if s.model.embedding_size else ["--embedding-size", "64"],
     "every gate 1": lambda s: ["--feedback", "full"] if s.model.feedback == "gated" else [],
     "no feedback": lambda s: ["--feedback", "none"],
     "no feedback, as many parameters": lambda s: (
         ["--feedback", "none", "--hidden-size", str(matched_stack(s).model.hidden_size)]
     ),
 }
-"""Flags that turn a trick off, after those of the recipe."""
+"""Flags that turn a trick off, or on where the name says so, after those of the recipe."""
 
 
 def main() -> None:
@@ -131,7 +133,7 @@ def ablations_of(name: str, flags: list[str]) -> tuple[dict[str, list[str]], dic
             continue
         settings = cli.parse(Settings, [*flags, *own_flags], default=preset(name))
         if settings == recipe and ablation != WHOLE:
-            missing[ablation] = "the recipe does without it"
+            missing[ablation] = "the recipe has it" if ablation.startswith("with ") else "the recipe does without it"
             continue
         validate(settings)
         found[ablation] = own_flags

@@ -51,6 +51,7 @@ def test_each_ablation_turns_its_trick_off_and_nothing_else() -> None:
     assert found["no locked dropout"].model.dropout == 0 < found["no locked dropout"].model.weight_dropout
     assert found["no averaging"].optimization.average == "none"
     assert found["one-hot input"].model.embedding_size == 0
+    assert found["with input-gate cap"].model.cap_input_gate
     assert found["no feedback"].model.feedback == "none"
     assert found["every gate 1"].model.feedback == "full"
     half = found["half segments"].batch
@@ -70,7 +71,10 @@ def test_what_a_recipe_has_not_is_left_out_with_a_word(monkeypatch: pytest.Monke
     found, missing = ablations.ablations_of("demo", [])
     assert missing["no magic"] == "this version of gfrnn has no --no-magic"
     assert missing["no locked dropout"] == missing["one-hot input"] == "the recipe does without it"
+    assert parse(Settings, found["with an embedding of 64"], default=preset("demo")).model.embedding_size == 64
     assert not found.keys() & missing.keys()
+    _, missing = ablations.ablations_of("demo", ["--embedding-size", "8", "--cap-input-gate"])
+    assert missing["with an embedding of 64"] == missing["with input-gate cap"] == "the recipe has it"
     for without_feedback in ("lstm-3x191", "mrnn-1x679"):
         _, missing = ablations.ablations_of(without_feedback, [])
         assert missing["every gate 1"] == missing["no feedback"] == "the recipe does without it"
