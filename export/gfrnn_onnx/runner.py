@@ -159,16 +159,17 @@ class Step:
         binding.bind_cpu_input(TOKEN, symbols)
         for name, part in zip(self.inputs[1:], state.values, strict=True):
             binding.bind_ortvalue_input(name, part)
-        logits = [LOGITS] * (LOGITS in self.outputs)
-        for name in [*logits, *self.state_outputs]:
-            binding.bind_output(name, "cpu" if name == LOGITS else self.provider)
+        # memory of their own: what a session allocates for its outputs, replays of its CUDA graphs may write to
+        after = [OrtValue.ortvalue_from_shape_and_type(wanted, np.float32, self.provider, 0) for _ in state.values]
+        for name, part in zip(self.state_outputs, after, strict=True):
+            binding.bind_ortvalue_output(name, part)
+        if has_logits := LOGITS in self.outputs:
+            binding.bind_output(LOGITS, "cpu")
         options = ort.RunOptions()
         if self.graphs:
             options.add_run_config_entry("gpu_graph_id", "-1")  # addresses differ from call to call
         self.session.run_with_iobinding(binding, options)
-        found = binding.get_outputs()
-        result = found[0].numpy() if logits else None
-        return result, State(found[len(logits) :])
+        return binding.get_outputs()[-1].numpy() if has_logits else None, State(after)
 
 
 class Rows:

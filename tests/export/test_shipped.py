@@ -25,7 +25,7 @@ from gfrnn.training import ship
 from gfrnn.training.card import command
 from gfrnn.training.evaluate import EvaluateSettings, evaluate
 from gfrnn_onnx import ModelError, Session
-from launch import ROOT, SMALL, environment, losses, script, summary, train, warm_script
+from launch import ROOT, SMALL, environment, losses, script, summary, train, warm_python, warm_script
 
 UPDATES = 60
 DATA = ["--corpus", "enwik8-1m"]
@@ -336,6 +336,18 @@ def test_enwik8_small_has_learned_its_text(tmp_path: Path) -> None:
     assert 1 < found["bpc"] < 1.8
     bits = Session("enwik8-small", "cpu").score(known).mean()
     assert bits == pytest.approx(found["bpc"], abs=0.02)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.01), ("int4", 0.05)])
+def test_enwik8_small_exported(precision: str, most: float, tmp_path: Path) -> None:
+    """What a precision costs a net that is really trained; its own weights are int8's already."""
+    text, output = tmp_path / "known", tmp_path / "step.onnx"
+    text.write_bytes(load_text(DataSettings(corpus="enwik8-1m", data_dir=tmp_path)).test[:8000].tobytes())
+    flags = ["--precision", precision, "--text-file", text, "--output", output, "--max-cost", str(most)]
+    done = warm_python(ROOT / "export/to_onnx.py", "enwik8-small", *flags)
+    assert done.returncode == 0, done.stderr
+    bpc = Session(output, "cpu").metadata.bpc
+    assert 0 < abs(bpc["exported"] - bpc["trained"]) <= most
 
 
 def test_enwik8_small_closes_what_it_opened() -> None:
