@@ -4,8 +4,9 @@
     python benchmarks/ablations.py report runs/ablations --markdown ablations.md --csv ablations.csv
 
 `ABLATIONS` says which tricks there are and what turns them off; two that a recipe may do without are tried on instead.
-Where a recipe has nothing to turn off, or on, that is left out, with a word. Every training is src/train.py and reads as many characters in as many updates. Started again, `run` goes on
-where it was. What follows after -- goes to every training: -- --embedding-size 64.
+Where a recipe has nothing to turn off, or on, that is left out, with a word. Every training is src/train.py and reads
+as many characters in as many updates. Started again, `run` goes on where it was. What follows after -- goes to every
+training: -- --embedding-size 64.
 
 Validation text chooses a run's checkpoint and the step size of dynamic evaluation, run by run; test text is scored with
 what was chosen. `report` takes what is there so far. A difference is that of test BPC to the whole recipe with the same
