@@ -64,7 +64,7 @@ ABLATIONS: dict[str, Callable[[Settings], list[str]]] = {
     "half segments": lambda s: half_segments(s.batch),
     "no input-gate cap": lambda s: ["--no-cap-input-gate"],
     "one-hot input": lambda s: ["--embedding-size", "0"],
-    "with input-gate cap": lambda s: ["--cap-input-gate"],
+    "with input-gate cap": lambda s: ["--cap-input-gate"] if s.model.unit == "lstm" else [],
     "with an embedding of 64": lambda s: [] if s.model.embedding_size else ["--embedding-size", "64"],
     "every gate 1": lambda s: ["--feedback", "full"] if s.model.feedback == "gated" else [],
     "no feedback": lambda s: ["--feedback", "none"],
@@ -134,7 +134,9 @@ def ablations_of(name: str, flags: list[str]) -> tuple[dict[str, list[str]], dic
             continue
         settings = cli.parse(Settings, [*flags, *own_flags], default=preset(name))
         if settings == recipe and ablation != WHOLE:
-            missing[ablation] = "the recipe has it" if ablation.startswith("with ") else "the recipe does without it"
+            missing[ablation] = (
+                "the recipe has it, or cannot" if ablation.startswith("with ") else "the recipe does without it"
+            )
             continue
         validate(settings)
         found[ablation] = own_flags
