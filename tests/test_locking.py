@@ -84,7 +84,6 @@ def test_one_that_waits_for_the_folder_gives_way_to_a_newer(tmp_path: Path, monk
             first.check_owned()
         except TakenOver:
             break
-    monkeypatch.setattr(runs, "_SECONDS_FOR_ANOTHER_TO_END", 0.1)
     third = owner(tmp_path, "9.2", monkeypatch)
     waiting.join()
     assert said == [f"restart 2 of job 9 trains in {tmp_path} now"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -39,6 +40,7 @@ SCRIPT = ROOT / "benchmarks/gates.py"
 
 def test_a_picture_a_table_and_correlations(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / "a [1]"), run_of(tmp_path / "b", validations=2)]
+    importlib.import_module("matplotlib.font_manager")  # it makes a cache once, and says so where that takes long
     command = [sys.executable, SCRIPT, *runs, "--output", tmp_path / "gates.png", "--json", tmp_path / "gates.json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     children = process.children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive  # the training ends with the script, whose kill it could not see
     assert [summary(folder / f"{name}-seed-0")["status"] for name in MODELS_HERE] == ["stopped", "stopped"]
     command = [sys.executable, SCRIPT, *run_flags(folder, "--turn", "0", "--models", *MODELS_HERE), *flags]

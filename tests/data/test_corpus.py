@@ -83,7 +83,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
         server.asked.set()
         if server.hold:
-            server.hold.wait(60)
+            server.hold.wait(300)
         self.close_connection = True
 
     def log_message(self, *args: object) -> None:
@@ -443,15 +443,15 @@ def test_of_several_processes_one_works_and_the_others_wait(server: Server, tmp_
 def test_a_waiting_process_takes_over_from_one_that_is_killed(server: Server, tmp_path: Path) -> None:
     server.cuts, server.hold = [2_000_000], threading.Event()
     first = _child(tmp_path)
-    assert server.asked.wait(30)  # 2 of 3 MB are sent, and nothing more comes
+    assert server.asked.wait(60)  # 2 of 3 MB are sent, and nothing more comes
     second = _child(tmp_path)
     assert second.stderr
     assert "another process prepares the corpus" in second.stderr.readline()
     first.send_signal(signal.SIGKILL)
-    assert first.communicate(timeout=30)[0] == ""
+    assert first.communicate(timeout=60)[0] == ""
     assert first.returncode == -signal.SIGKILL
     server.hold.set()
-    assert second.communicate(timeout=30)[0] == LOADED
+    assert second.communicate(timeout=60)[0] == LOADED
     assert [asked for _, asked in server.requests] == [None, None]
     assert os.listdir(tmp_path / "downloads") == ["enwik8.zip"]
 
@@ -459,7 +459,7 @@ def test_a_waiting_process_takes_over_from_one_that_is_killed(server: Server, tm
 def test_corpora_that_are_cut_from_the_same_are_fetched_once(server: Server, tmp_path: Path) -> None:
     server.cuts, server.hold = [2_000_000], threading.Event()
     whole = _child(tmp_path)
-    assert server.asked.wait(30)
+    assert server.asked.wait(60)
     beginning = _child(tmp_path, "enwik8-4m")
     assert beginning.stderr
     assert "another process prepares the corpus" in beginning.stderr.readline()

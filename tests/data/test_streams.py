@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gfrnn.config import UserError
@@ -44,6 +45,7 @@ def _read(text: np.ndarray, rows: int, steps: int, world_size: int, accumulation
     return inputs, targets
 
 
+@hypothesis_settings(deadline=None)
 @given(
     rows=st.integers(1, 9),
     steps=st.integers(1, 7),

@@ -24,5 +24,7 @@ def session(model: Path) -> Session:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    with serving(model, "--max-body-bytes", "1000000", "--max-prompt-bytes", "20000") as started:
+    """Its limits are such that a request can take long enough for anything to happen meanwhile."""
+    limits = ["--max-body-bytes", "1000000", "--max-prompt-bytes", "900000", "--max-tokens", "1000000"]
+    with serving(model, *limits) as started:
         yield started

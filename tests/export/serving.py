@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from launch import ROOT, as_from_a_terminal, environment
 
 
@@ -65,7 +67,7 @@ class Server:
         assert found, name
         return sum(map(float, found))
 
-    def wait_until_idle(self, seconds: float = 10) -> None:
+    def wait_until_idle(self, seconds: float = 60) -> None:
         """Until no row is in use and nothing waits."""
         until = time.monotonic() + seconds
         while True:
@@ -74,6 +76,18 @@ class Server:
                 return
             assert time.monotonic() < until, health
             time.sleep(0.02)
+
+    def wait_for(self, metric: str, least: float) -> None:
+        """Until a metric is so large."""
+        until = time.monotonic() + 60
+        while self.metric(metric) < least:
+            assert time.monotonic() < until, metric
+            time.sleep(0.02)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """That it has computed for so far: a busy machine adds little to them."""
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
 
     def open(self, body: Any, path: str = "/v1/completions") -> socket.socket:
         """A connection that has asked for something and not read anything yet."""
@@ -101,7 +115,7 @@ def serving(model: Path, *flags: str, **variables: str) -> Iterator[Server]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise

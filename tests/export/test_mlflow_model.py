@@ -74,7 +74,7 @@ def test_registered_it_answers_a_step(
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), {"content-type": "application/json"}
         )
-        until = time.monotonic() + 90
+        until = time.monotonic() + 180
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:

@@ -34,11 +34,11 @@ from launch import BIN, ROOT, environment
 
 
 def test_limits_have_clear_answers(model: Path) -> None:
-    flags = "--max-prompt-bytes 50 --max-tokens 200000 --max-sequences 4 --max-body-bytes 5000 --rows 1 --max-waiting 1"
-    with serving(model, *flags.split(), "--body-seconds", "0.7", "--request-seconds", "1.5") as small:
+    flags = "--max-prompt-bytes 50 --max-tokens 1000000 --max-sequences 4 --max-body-bytes 5000 --rows 1"
+    with serving(model, *flags.split(), "--max-waiting", "1", "--body-seconds", "2", "--request-seconds", "4") as small:
         for body, status, message in (
             ({"prompt": "x" * 51}, 400, "a prompt of 51 bytes is longer than 50"),
-            ({"prompt": "x", "max_tokens": 200001}, 400, "max_tokens is 200001; at most 200000"),
+            ({"prompt": "x", "max_tokens": 1000001}, 400, "max_tokens is 1000001; at most 1000000"),
             ({"prompt": ["x"] * 5}, 400, "5 texts with n=1 are more than 2 sequences"),  # for more there is never room
             ({"prompt": "x" * 6000}, 413, "larger than 5000 bytes"),
         ):
@@ -48,8 +48,9 @@ def test_limits_have_clear_answers(model: Path) -> None:
         assert (status, error["error"]["param"]) == (400, "text")
 
         # one has the row, one waits, the third is told to come again; OpenAI's client does
-        busy = [small.open({"prompt": "x", "max_tokens": 200000}) for _ in range(2)]
-        time.sleep(0.2)
+        busy = [small.open({"prompt": "x", "max_tokens": 1000000}) for _ in range(2)]
+        small.wait_for("gfrnn_rows", 1)
+        small.wait_for("gfrnn_waiting", 1)
         status, error = small.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
         if status == 200:  # they were quicker than we
             pytest.fail("the rows were free already")
@@ -109,11 +110,10 @@ def test_sigterm_finishes_what_runs(model: Path, session: Session) -> None:
         expected = as_text(session.generate(b"last", 3000, seed=8))
         with ThreadPoolExecutor(1) as pool:
             last = pool.submit(stopping.complete, prompt="last", max_tokens=3000, seed=8)
-            while stopping.ask("/healthz")[1]["rows_in_use"] == 0:
-                pass
+            stopping.wait_for("gfrnn_step_rows_total", 1)
             stopping.process.send_signal(signal.SIGTERM)
             assert last.result()["choices"][0]["text"] == expected
-        assert stopping.process.wait(20) == 0
+        assert stopping.process.wait(60) == 0
         assert "stopped" in stopping.process.stderr.read()
 
 
@@ -125,19 +125,19 @@ def test_who_never_reads_holds_up_no_end(limit: list[str], tmp_path: Path) -> No
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         time.sleep(1)
         stopping.process.send_signal(signal.SIGTERM)
-        assert stopping.process.wait(10) == 0
+        assert stopping.process.wait(60) == 0
         deaf.close()
 
 
 def test_a_second_signal_ends_at_once(model: Path) -> None:
-    with serving(model) as stopping:
-        connection = stopping.open({"prompt": "x", "max_tokens": 16000, "n": 50})
-        time.sleep(0.3)
+    with serving(model, "--max-tokens", "1000000") as stopping:
+        connection = stopping.open({"prompt": "x", "max_tokens": 1000000, "n": 50})
+        stopping.wait_for("gfrnn_rows", 50)
         stopping.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        assert stopping.process.stderr.readline().startswith("stopping: ")
         assert stopping.process.poll() is None
         stopping.process.send_signal(signal.SIGTERM)
-        assert stopping.process.wait(5) == 128 + signal.SIGTERM
+        assert stopping.process.wait(30) == 128 + signal.SIGTERM  # long before it would have been done
         connection.close()
 
 
@@ -195,7 +195,7 @@ def test_hostile_input(case: str, server: Server) -> None:
 @pytest.mark.parametrize("body", [b"300", b'"\\ud800"', b"[300]", b"null"])
 def test_a_list_of_mistakes_costs_no_more_than_one(body: bytes, server: Server) -> None:
     before = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
-    begin = time.monotonic()
+    begin = server.cpu_seconds
     for name in (b"prompt", b"stop"):
         status, error = server.post(
             "/v1/completions", b'{"%s": [%s]}' % (name, b",".join([body] * (900_000 // len(body) // 2)))
@@ -204,16 +204,16 @@ def test_a_list_of_mistakes_costs_no_more_than_one(body: bytes, server: Server) 
     biases = b",".join(b'"%x":%s' % (k, body) for k in range(900_000 // (len(body) + 8)))
     status, error = server.post("/v1/completions", b'{"logit_bias": {%s}}' % biases)
     assert (status, error["error"]["param"]) == (400, "logit_bias")
-    assert time.monotonic() - begin < 5
+    assert server.cpu_seconds - begin < 5
     after = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
     assert (int(after) - int(before)) * os.sysconf("SC_PAGE_SIZE") < 200 << 20
 
 
 def test_a_name_that_is_unknown_is_the_only_one_read(server: Server) -> None:
-    begin = time.monotonic()
+    begin = server.cpu_seconds
     status, error = server.post("/v1/completions", {f"field {k}": 1 for k in range(50_000)})
     assert (status, error["error"]["message"]) == (400, "Unrecognized request argument supplied: field 0")
-    assert time.monotonic() - begin < 1
+    assert server.cpu_seconds - begin < 1
     status, error = server.post("/v1/completions", {"x" * 500_000: 1})
     assert status == 400
     assert len(error["error"]["param"]) < 2000
@@ -331,17 +331,17 @@ def test_the_server_needs_no_torch(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def hasty(model: Path) -> Iterator[Server]:
-    with serving(model, "--idle-seconds", "1", "--max-body-bytes", "16000000") as started:
+    with serving(model, "--idle-seconds", "2", "--max-body-bytes", "16000000") as started:
         yield started
 
 
 def test_half_a_head_is_not_waited_for(hasty: Server) -> None:
     with (
-        socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as silent,
-        socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as slow,
+        socket.create_connection(("127.0.0.1", hasty.port), timeout=60) as silent,
+        socket.create_connection(("127.0.0.1", hasty.port), timeout=60) as slow,
     ):
         slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: ")
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         with suppress(BrokenPipeError, ConnectionResetError):
             while time.monotonic() < until:
                 slow.sendall(b"x")  # a little more of it comes all the time
@@ -355,10 +355,10 @@ def test_who_reads_nothing_of_a_large_answer_is_cut(hasty: Server) -> None:
     deaf = hasty.open({"prompt": "x" * 9_000_000}, "/tokenize")  # 36 MB of ids
     own = deaf.getsockname()[1]
     received = len(deaf.recv(1))
-    time.sleep(0.2)
-    held = process.memory_info().rss
-    until = time.monotonic() + 10
+    held = 0
+    until = time.monotonic() + 60
     while any(each.raddr and each.raddr.port == own for each in process.net_connections()):
+        held = max(held, process.memory_info().rss)
         assert time.monotonic() < until
         time.sleep(0.05)
     assert held - process.memory_info().rss > 20 << 20
@@ -375,20 +375,20 @@ def test_who_reads_slowly_gets_it_all(hasty: Server) -> None:
     begin, answer = time.monotonic(), bytearray()
     while part := slow.recv(1 << 17):
         answer += part
-        time.sleep(0.08)
+        time.sleep(0.12)
     slow.close()
     head, _, body = bytes(answer).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
     assert json.loads(body)["tokens"] == [ord("x")] * 1_000_000
-    assert time.monotonic() - begin > 2
+    assert time.monotonic() - begin > 3
 
 
 def test_a_connection_that_asks_again_stays(hasty: Server) -> None:
-    kept = http.client.HTTPConnection("127.0.0.1", hasty.port, timeout=10)
+    kept = http.client.HTTPConnection("127.0.0.1", hasty.port, timeout=60)
     for _ in range(4):
         kept.request("GET", "/healthz")  # fails where the server has closed it
         assert json.loads(kept.getresponse().read())["status"] == "ok"
-        time.sleep(0.5)
+        time.sleep(1)
     assert kept.sock is not None
     assert kept.sock.recv(1) == b""  # asked nothing more
     kept.close()
@@ -444,7 +444,7 @@ def test_nobody_waits_while_an_answer_is_built(
 
     def building(*given: Any, **options: Any) -> Any:
         begun.set()
-        assert answered.wait(5)
+        assert answered.wait(30)
         return original(*given, **options)
 
     monkeypatch.setattr(owner, name, building)

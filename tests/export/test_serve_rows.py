@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +27,17 @@ def test_a_seed_gives_the_same_text_among_63_others(server: Server, session: Ses
         stream(prompt=f"{'x' * k} another", max_tokens=40 + k)
         return ""
 
-    steps, rows = server.metric("gfrnn_step_seconds_count"), server.metric("gfrnn_step_rows_total")
-    with ThreadPoolExecutor(64) as pool:
-        texts = list(pool.map(ask, range(64)))
-    assert [text for text in texts if text] == [expected] * 8
-    server.wait_until_idle()
-    together = (server.metric("gfrnn_step_rows_total") - rows) / (server.metric("gfrnn_step_seconds_count") - steps)
-    assert together > 4  # they were stepped together, not one after another
+    def together() -> float:
+        """The rows of a step."""
+        steps, rows = server.metric("gfrnn_step_seconds_count"), server.metric("gfrnn_step_rows_total")
+        with ThreadPoolExecutor(64) as pool:
+            texts = list(pool.map(ask, range(64)))
+        assert [text for text in texts if text] == [expected] * 8
+        server.wait_until_idle()
+        return (server.metric("gfrnn_step_rows_total") - rows) / (server.metric("gfrnn_step_seconds_count") - steps)
+
+    # they are stepped together, not one after another: once in three tries, as a busy machine may ask slowly
+    assert any(together() > 4 for _ in range(3))
 
 
 def test_more_than_there_are_rows(model: Path, session: Session) -> None:
@@ -96,9 +99,9 @@ def test_a_leader_that_goes_away_leaves_its_followers_well(server: Server, sessi
 
 def test_a_longer_prompt_waits_only_until_the_shorter_is_read(model: Path, session: Session) -> None:
     prompt = "".join(chr(97 + k * k % 17) for k in range(3000))
-    with serving(model) as alone:
-        leader = alone.open({"prompt": prompt, "max_tokens": 16000})
-        time.sleep(0.1)
+    with serving(model, "--max-tokens", "1000000") as alone:
+        leader = alone.open({"prompt": prompt, "max_tokens": 1_000_000})
+        alone.wait_for("gfrnn_rows", 1)
         answer = alone.complete(prompt=prompt + " more", max_tokens=5, seed=1)
         assert alone.ask("/healthz")[1]["rows_in_use"] == 1  # the first still writes
         leader.close()
@@ -109,12 +112,10 @@ def test_a_longer_prompt_waits_only_until_the_shorter_is_read(model: Path, sessi
 def test_who_is_further_waits_for_nobody(model: Path) -> None:
     """A prompt whose state is known up to near its end, while another request reads all of it from its beginning."""
     prompt = "".join(chr(97 + k * k % 13) for k in range(16000))
-    with serving(model) as alone:
+    with serving(model, "--max-prompt-bytes", "900000") as alone:
         alone.complete(prompt=prompt[:15900], max_tokens=1)
-        behind = alone.open({"text": prompt}, "/v1/score")  # never shares
-        until = time.monotonic() + 10
-        while alone.ask("/healthz")[1]["rows_in_use"] == 0:
-            assert time.monotonic() < until
+        behind = alone.open({"text": prompt + "x" * 800_000}, "/v1/score")  # never shares
+        alone.wait_for("gfrnn_rows", 1)
         answer = alone.complete(prompt=prompt, max_tokens=1)
         assert alone.ask("/healthz")[1]["rows_in_use"] == 1  # that one still reads
         behind.close()
@@ -124,24 +125,20 @@ def test_who_is_further_waits_for_nobody(model: Path) -> None:
 @pytest.mark.parametrize(("stream", "begun"), [(False, False), (True, False), (True, True)])
 def test_a_client_that_goes_away_frees_its_row(stream: bool, begun: bool, server: Server) -> None:
     """Before the first byte of the answer, or after it."""
-    asked = {"prompt": "x", "max_tokens": 16000, "stream": stream, "n": 4}
+    asked = {"prompt": "x", "max_tokens": 1_000_000, "stream": stream, "n": 4}
+    before = server.metric("gfrnn_symbols_total")
     connection = server.open(asked)
-    until = time.monotonic() + 10
-    while server.ask("/healthz")[1]["rows_in_use"] < 4:
-        assert time.monotonic() < until
+    server.wait_for("gfrnn_rows", 4)
     if begun:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    begin = time.monotonic()
     connection.close()
-    server.wait_until_idle(5)
-    assert time.monotonic() - begin < 2  # long before it would have been done
+    server.wait_until_idle()
+    assert server.metric("gfrnn_symbols_total") - before < 1_000_000  # long before it would have been done
 
 
 def test_requests_are_counted_by_route_and_those_nobody_waits_for_apart(server: Server) -> None:
-    connection = server.open({"text": "x" * 19_000}, "/v1/score")
-    until = time.monotonic() + 10
-    while server.ask("/healthz")[1]["rows_in_use"] == 0:
-        assert time.monotonic() < until
+    connection = server.open({"text": "x" * 900_000}, "/v1/score")
+    server.wait_for("gfrnn_rows", 1)
     connection.close()
     server.wait_until_idle()
     with socket.create_connection(("127.0.0.1", server.port)) as leaving:  # while it sends
@@ -151,6 +148,7 @@ def test_requests_are_counted_by_route_and_those_nobody_waits_for_apart(server: 
         f'gfrnn_requests_total{{path="{path}",status="{status}"}} '
         for path, status in (("/v1/score", 499), ("/tokenize", 499), ("/v1/models/{model:path}", 200))
     ]
+    until = time.monotonic() + 60
     while not all(count in server.ask("/metrics")[1] for count in counts):
         assert time.monotonic() < until, server.ask("/metrics")[1]
         time.sleep(0.02)
@@ -160,13 +158,9 @@ def test_idle_it_costs_next_to_nothing(server: Server) -> None:
     server.complete(prompt="x", max_tokens=50)
     server.wait_until_idle()
 
-    def used() -> float:
-        fields = Path(f"/proc/{server.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    begin = used()
+    begin = server.cpu_seconds
     time.sleep(2)
-    assert (used() - begin) / 2 < 0.15
+    assert (server.cpu_seconds - begin) / 2 < 0.15
 
 
 def test_prefixes_keep_what_was_used_last() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from gfrnn.scaling.folder import Result, StudyFolder
 from gfrnn.scaling.grid import Grid, How, expand, prepared
 from gfrnn.scaling.plan import Peak, Planned, training_flags
 from gfrnn.scaling.records import Machine, Measurement, Point
-from launch import ROOT, environment, script
+from launch import ROOT, environment, script, script_at_once
 
 DEMO = {"presets": ("demo",)}
 
@@ -192,12 +191,9 @@ def test_answers_at_once() -> None:
         (["run", "/nowhere/study", "--updates", "0"], 2),
         (["measure", "/nowhere/study", "1"], 2),
     ):
-        begin = time.monotonic()
-        done = script("study", *flags)
-        seconds = time.monotonic() - begin
+        done = script_at_once("study", *flags)
         assert done.returncode == status, done.stderr
         assert status == 0 or (done.stderr.startswith("error: ") and done.stderr.count("\n") == 1), done.stderr
-        assert seconds < 6, flags  # 3 are promised, the rest is for a busy machine
 
 
 def test_the_installed_program_is_the_same() -> None:

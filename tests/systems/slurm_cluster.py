@@ -84,7 +84,7 @@ class Job:
     def output(self) -> str:
         return self._output.read_text(errors="replace") if self._output.exists() else ""
 
-    def wait(self, seconds: float = 150) -> str:
+    def wait(self, seconds: float = 300) -> str:
         """Until it has ended for good: its state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         wait(lambda: self.state in ended, seconds, lambda: f"{self.shown()}\n{self.output()}")

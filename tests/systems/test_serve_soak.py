@@ -67,7 +67,7 @@ def test_nothing_leaks(tmp_path: Path) -> None:
                 thread.join()
             server.wait_until_idle(60)
             memory.append(process.memory_info().rss)
-        assert len(done) > 300
+        assert len(done) > 100
         assert memory[3] - memory[1] < 8 << 20, memory  # the first quarters fill caches
         assert process.num_threads() < 40
         assert len(process.net_connections()) < 10

@@ -35,7 +35,7 @@ def test_a_study_over_a_cable(tmp_path: Path) -> None:
     }
     size = 4 * measurements[0].parameters
     assert waits["100mbit"] > 0.8 * size * 8 / 100e6  # a gradient each way, at this rate
-    assert waits["1gbit"] < 0.4 * waits["100mbit"]
+    assert waits["1gbit"] < 0.6 * waits["100mbit"]
     slow = [timed for machine, timed in sweep if machine.network == "100mbit" and timed.bytes >= 1 << 20]
     for timed in slow:
         assert timed.seconds > 0.4 * timed.bytes * 8 / 100e6  # half of it passes the cable at least

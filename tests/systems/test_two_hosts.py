@@ -45,19 +45,19 @@ def test_a_cable_is_pulled_and_put_back(hosts: list[Host], tmp_path: Path) -> No
     status, _, err = train(alone, FLAGS)
     assert status == 0, err
 
-    ranks = start(hosts, run, "--collective-timeout", "0.1")
-    wait(lambda: lines(run) >= 30, 60)
+    ranks = start(hosts, run, "--collective-timeout", "0.2")
+    wait(lambda: lines(run) >= 30, 120)
     hosts[0].ip("link", "set", "eth0", "down")
     before = lines(run)
     time.sleep(3)
     assert lines(run) <= before + 2
     hosts[0].ip("link", "set", "eth0", "up")
-    wait(lambda: lines(run) > before + 10, 30)
+    wait(lambda: lines(run) > before + 10, 60)
 
     hosts[0].ip("link", "set", "eth0", "down")
     began = time.monotonic()
-    said = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert time.monotonic() - began < 20
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert time.monotonic() - began < 60
     assert [rank.returncode for rank in ranks] == [3, 3], said
     for words in said:
         assert "failed: another process gives no sign" in words

@@ -66,7 +66,7 @@ def test_it_beats_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("GFRNN_CONTROL", str(tmp_path))
     monkeypatch.setenv("GFRNN_BEAT_SECONDS", "0.05")
     heart = Heartbeat()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while json.loads((tmp_path / "rank-00000.json").read_text())["beats"] < 5:
         assert time.monotonic() < deadline
     heart.end(None)

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
+from gfrnn.training import stopping
 from gfrnn.training.stopping import CAUSES, StopFlag
 from launch import as_from_a_terminal, environment
 
@@ -21,14 +23,14 @@ with flag.listening():
     while not flag.agreed(flag.wishes):
         time.sleep(0.01)
     print(flag.agreed(flag.wishes), flush=True)
-    time.sleep({linger})
+    {linger}
     print("still here", flush=True)
 print("left", flush=True)
 time.sleep(30)
 """
 
 
-def start(linger: float = 0.0, *before: str) -> subprocess.Popen[str]:
+def start(linger: str = "pass", *before: str) -> subprocess.Popen[str]:
     command = [*before, sys.executable, "-c", PROGRAM.format(linger=linger)]
     process = run(command)
     assert line(process) == "listening"
@@ -38,6 +40,7 @@ def start(linger: float = 0.0, *before: str) -> subprocess.Popen[str]:
 def run(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,31 +61,34 @@ def test_a_signal_raises_the_flag_and_ends_nothing_until_listening_is_over(numbe
     process.send_signal(number)
     assert [line(process) for _ in range(3)] == [number.name, "still here", "left"]
     process.send_signal(number)  # now it ends the process, as ever
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == -number
     assert ("KeyboardInterrupt" in err) == (number == signal.SIGINT)
 
 
 def test_later_signals_change_nothing() -> None:
-    process = start(linger=0.5)
+    process = start(linger="input()")
     process.send_signal(signal.SIGUSR1)
     assert line(process) == "SIGUSR1"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         process.send_signal(number)
         time.sleep(0.02)
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
     assert [line(process) for _ in range(2)] == ["still here", "left"]
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
 
 
 def test_nohup_keeps_its_word() -> None:
-    process = start(0.0, "nohup")
+    process = start("pass", "nohup")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert line(process) == "SIGTERM"
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
 
 
 def test_handlers_are_put_back_after_an_error() -> None:
@@ -109,11 +115,11 @@ if {listened}:
 print("ready", flush=True)
 {wait}
 """
-IN_C = "import ctypes; libc = ctypes.CDLL(None); [libc.sleep(30) for _ in range(9)]"  # as torch waits for others
+IN_C = "import ctypes; libc = ctypes.CDLL(None); [libc.sleep(100) for _ in range(9)]"  # as torch waits for others
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-@pytest.mark.parametrize("wait", ["time.sleep(30)", IN_C], ids=["in Python", "in C"])
+@pytest.mark.parametrize("wait", ["time.sleep(100)", IN_C], ids=["in Python", "in C"])
 @pytest.mark.parametrize("listened", [False, True])
 def test_where_no_flag_listens_a_signal_ends_the_process_at_once(
     number: signal.Signals, wait: str, listened: bool
@@ -121,15 +127,18 @@ def test_where_no_flag_listens_a_signal_ends_the_process_at_once(
     process = run([sys.executable, "-c", OUTSIDE.format(wait=wait, listened=listened)])
     assert line(process) == "ready"
     process.send_signal(number)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     assert err == f"stopped: {number.name} while no update was under way; the same command goes on\n"
 
 
-def test_time_limit() -> None:
+def test_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(stopping, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     flag = StopFlag(time_limit=0.3 / 60)
+    clock[0] += 0.25
     assert flag.agreed(flag.wishes) is None
-    time.sleep(0.35)
+    clock[0] += 0.1
     assert flag.agreed(flag.wishes) == "time limit of 0.005 minutes"
 
 

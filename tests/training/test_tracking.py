@@ -236,9 +236,8 @@ def test_long_settings_and_many_lines_stay_within_mlflows_limits(run: Run) -> No
 
 
 def test_following_stopping_and_resuming_is_one_mlflow_run(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    began = time.monotonic()
     tracker = Tracker.start(run.path, "gfrnn")
-    assert time.monotonic() - began < 0.5, "the trainer waited"
+    assert not (run.path / "mlflow.json").exists(), "the trainer waited"
     run.write(*range(1, 31))
     wait_for(lambda: lines_sent(run) == 30)
     assert mlflow_run(run).info.status == "RUNNING"
@@ -309,7 +308,7 @@ def test_a_killed_trainer_leaves_a_killed_run(run: Run) -> None:
     finally:
         trainer.kill()
         trainer.wait()
-    gone, _ = psutil.wait_procs([sidecar], 30)
+    gone, _ = psutil.wait_procs([sidecar], 60)
     assert gone, "it outlived its trainer"
     assert mlflow_run(run).info.status == "KILLED"
     assert history(run) == expected(run)
@@ -317,15 +316,17 @@ def test_a_killed_trainer_leaves_a_killed_run(run: Run) -> None:
 
 def test_system_metrics(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gfrnn.training.mlflow_sender.SYSTEM_EVERY", 0.1)
-    system = SystemMetrics(time.time() - 5)
+    begin = time.time() - 5
+    system = SystemMetrics(begin)
     time.sleep(0.2)
     system.sample()
+    monkeypatch.setattr("gfrnn.training.mlflow_sender.SYSTEM_EVERY", 1000.0)
     system.sample()  # too early
     found = {point.key: point for point in system.points}
     assert len(found) == len(system.points)
     for key in ("cpu_utilization_percentage", "system_memory_usage_percentage", "disk_usage_percentage"):
         assert 0 < found[f"system/{key}"].value <= 100
-        assert found[f"system/{key}"].step == 5
+        assert 5 <= found[f"system/{key}"].step <= time.time() - begin
     assert "system/network_receive_megabytes" in found
 
 
