@@ -236,6 +236,37 @@ def test_all_processes_that_stop_end_at_once() -> None:
     assert process.returncode == 75
 
 
+def test_nothing_of_ours_takes_a_closed_streams_place() -> None:
+    code = "cli.run(lambda: print(*(os.readlink(f'/proc/self/fd/{number}') for number in range(2)), file=sys.stderr))"
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, f"import os, sys\n{HEAD}\n{code}\n"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (0, f"{os.devnull} {os.devnull}\n")
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"LOCAL_SIZE": "x"}, "LOCAL_SIZE is 'x'; it must be a number from 1 to 1"),
+        ({"LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE is '3'; it must be a number from 1 to 2"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'; it must be a number from 1 to 65535"),
+        ({"RANK": "1"}, "RANK is 1, and WORLD_SIZE 1: ranks begin at 0"),
+    ],
+)
+def test_a_launcher_that_contradicts_itself(extra: dict[str, str], said: str) -> None:
+    status, _, err = program("cli.run(lambda: print('x'))", **extra)
+    assert status == 2
+    assert err.endswith(f"error: environment variable {said}\n")
+
+
+def test_too_few_open_files_is_one_line() -> None:
+    for body in ("[open(os.devnull) for _ in range(200)]", "raise RuntimeError('epoll: Too many open files')"):
+        code = "import os, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
+        status, _, err = program(f"{code}def main():\n    {body}\ncli.run(main)\n")
+        assert status == 2
+        assert err.startswith("error: ")
+        assert err.endswith("Too many open files; raise the limit on open files (ulimit -n)\n")
+
+
 @pytest.mark.parametrize("extra", [{"RANK": "abc"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "-1"}])
 def test_a_launcher_that_sets_nonsense(extra: dict[str, str]) -> None:
     status, _, err = program("cli.run(lambda: print('x'))", **extra)

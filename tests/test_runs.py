@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -166,6 +167,17 @@ def test_a_checkpoint_that_latest_never_named_is_written_anew(tmp_path: Path) ->
     assert same(load_checkpoint(path).weights, other.weights)
 
 
+def test_without_latest_a_run_goes_on_from_its_last_step(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    assert run.named_checkpoint("latest") is None
+    run.save(checkpoint_of(1), 1, best=True, keep_last=2)
+    path = run.save(checkpoint_of(2), 2, best=False, keep_last=2)
+    (run.checkpoints / "latest").unlink()
+    assert run.named_checkpoint("latest") == path
+    (run.checkpoints / "best").unlink()
+    assert run.named_checkpoint("best") is None
+
+
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     for name in (".writing-step-00000001", ".writing-old-step-00000000"):
@@ -265,6 +277,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(file, {"finished": True})
     assert caught.value.filename == str(file)
     assert json.loads(file.read_text()) == {"finished": False}
+    assert list(tmp_path.iterdir()) == [file]  # nothing half written is left
 
 
 # ------------------------------------------------------------------------------------------------- finding
@@ -311,6 +324,16 @@ def test_a_wrong_path_answers_before_torch_is_imported(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- damage and misfits
+
+
+def test_weights_that_are_not_finite_are_a_users_error(tmp_path: Path) -> None:
+    saved = checkpoint_of(1, averages=False)
+    next(iter(saved.weights.values())).view(-1)[3] = math.nan
+    path = new_run(tmp_path / "run").save(saved, 1, best=False, keep_last=2)
+    with pytest.raises(UserError, match="is not finite") as caught:
+        load_model(path)
+    assert str(path) in one_line(caught)
+    assert load_checkpoint(path)  # for whoever looks into it
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "averages.safetensors", "optimizer.safetensors"])

@@ -48,6 +48,7 @@ _MENDS = {
     errno.EEXIST: "something else is in that place: move it away",
     errno.EFBIG: "files may not become that large here: raise the limit (ulimit -f) or give another folder",
     errno.ELOOP: "links there go round in a circle: give another path",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 
 
@@ -108,6 +109,7 @@ def run(main: Callable[[], None]) -> None:
     Every end is an immediate exit, a good one too: tearing down an interpreter with a process group's threads in it
     now and then aborts (seen with gloo: "terminate called without an active exception", status -6).
     """
+    _open_streams()
     _mend_streams()
     keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -138,13 +140,13 @@ def run(main: Callable[[], None]) -> None:
         if is_lost_peer(error):
             how = "gives no sign" if "imed out" in str(error) else "is gone"
             end(f"failed: another process {how}", EXIT_FAILED)
+        reason = str(error).split("\n")[0]
+        if os.strerror(errno.EMFILE) in reason:
+            end(f"error: {os.strerror(errno.EMFILE)}; {_MENDS[errno.EMFILE]}", EXIT_USER)
         if not is_out_of_memory(error):
             raise
-        reason = str(error).split("\n")[0]
-        end(
-            f"error: out of memory ({reason}); take a smaller model, fewer --rows or --steps, or more processes",
-            EXIT_USER,
-        )
+        said = f" ({reason})" if reason else ""
+        end(f"error: out of memory{said}; take a smaller model, fewer --rows or --steps, or more processes", EXIT_USER)
     sys.stderr.flush()
     os._exit(EXIT_FINISHED)
 
@@ -197,6 +199,15 @@ class _Unfailing(io.TextIOWrapper):
             super().flush()
 
 
+def _open_streams() -> None:
+    """Streams that were closed from the start (`>&-`) get /dev/null, else a file or pipe of ours took their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
 def _mend_streams() -> None:
     """No run ends because of what it says on stderr, or on a terminal that closes.
 
@@ -246,6 +257,12 @@ def _check_environment() -> None:
         text = os.environ.get(variable, "1")
         if not text.isdecimal() or int(text) < least:
             raise UserError(f"environment variable {variable} is {text!r}; it must be a number, {least} or more")
+    for variable, most in (("LOCAL_SIZE", world_size()), ("LOCAL_WORLD_SIZE", world_size()), ("MASTER_PORT", 65535)):
+        text = os.environ.get(variable) or "1"
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise UserError(f"environment variable {variable} is {text!r}; it must be a number from 1 to {most}")
+    if rank() >= world_size():
+        raise UserError(f"environment variable RANK is {rank()}, and WORLD_SIZE {world_size()}: ranks begin at 0")
 
 
 def say(line: str) -> None:

@@ -285,10 +285,13 @@ class RunFolder:
     # -- checkpoints
 
     def named_checkpoint(self, name: str) -> Path | None:
-        """The folder that `latest` or `best` names; None if there is none yet. Raises UserError if it is not there."""
+        """The folder that `latest` or `best` names; None if there is none yet. Raises UserError if it is not there.
+
+        Without `latest` (lost, or killed before it was first written) it is the last step's.
+        """
         pointer = self.checkpoints / name
         if not pointer.exists():
-            return None
+            return max(self.checkpoints.glob("step-*"), default=None) if name == "latest" else None
         named = pointer.read_bytes().decode(errors="replace").strip()
         if not _STEP.fullmatch(named) or not (self.checkpoints / named).is_dir():
             raise UserError(f"{pointer} names {named!r}, no checkpoint there; write the name of another one into it")
@@ -455,6 +458,8 @@ def load_model(run: str | Path, dtype: str | None = None) -> tuple[Model, Settin
     path = find_checkpoint(run)
     checkpoint = load_checkpoint(path, weights_only=True)
     settings = Settings.from_json(checkpoint.trainer["settings"])
+    if unfit := [name for name, weight in checkpoint.best_weights.items() if not weight.isfinite().all()]:
+        raise UserError(f"{path} cannot be used: {unfit[0]} is not finite")
     model = build_model(settings, dtype)
     load_weights(model, checkpoint.best_weights, path)
     return model.eval(), settings, path
@@ -509,6 +514,8 @@ def replace_file(path: Path, content: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not say which file
     beside.rename(path)
     sync(path.parent)

@@ -210,7 +210,7 @@ def test_a_file_named_as_a_corpus_must_be_it(tmp_path: Path, name: str) -> None:
     assert _load(tmp_path / "kept", corpus_file=path.rename(tmp_path / "mine")).name == "mine"
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "missing", "zeros"])
 def test_a_damaged_arrow_file(tmp_path: Path, damage: str) -> None:
     path = _write(tmp_path / "text", PLAIN[:5000])
     _load(tmp_path, corpus_file=path)
@@ -219,7 +219,10 @@ def test_a_damaged_arrow_file(tmp_path: Path, damage: str) -> None:
     if damage == "missing":
         arrow.unlink()
     else:
-        arrow.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 1000}[damage])
+        zeros = content.replace(PLAIN[4600:4700], bytes(100))  # of the right length
+        assert zeros != content
+        damaged = {"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 1000, "zeros": zeros}
+        arrow.write_bytes(damaged[damage])
     assert f"{arrow.parent} is damaged; delete it, and it is built again" in _refused(tmp_path, corpus_file=path)
 
 
@@ -275,6 +278,16 @@ def test_a_bad_corpus_file_is_one_line(content: bytes, message: str, tmp_path: P
 )
 def test_an_unreadable_corpus_file_is_one_line(path: str, reason: str, tmp_path: Path) -> None:
     assert f"{path} cannot be read: {reason}" in _refused(tmp_path, corpus_file=Path(path))
+
+
+def test_a_pipe_is_no_corpus_file(tmp_path: Path) -> None:
+    ends = os.pipe()
+    try:
+        os.write(ends[1], PLAIN[:5000])
+        assert "is a pipe" in _refused(tmp_path, corpus_file=Path(f"/dev/fd/{ends[0]}"))
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 @pytest.mark.parametrize(("folder", "reason"), [("file/below", "Not a directory"), ("/proc/kept", "No such file")])
@@ -402,10 +415,10 @@ from pathlib import Path
 from gfrnn.config import DataSettings, UserError
 from gfrnn.data import corpus
 
-data_dir, name, event, ending, size, md5 = sys.argv[1:]
+data_dir, name, event, ending, size, md5, beginning = sys.argv[1:]
 logging.basicConfig(level=logging.INFO)
 corpus.KNOWN["enwik8"] = corpus.Identity(int(size), md5)
-corpus.KNOWN["enwik8-4m"] = corpus.Identity(1_000_000, "beginning")
+corpus.KNOWN["enwik8-4m"] = corpus.Identity(1_000_000, beginning)
 
 def die(now, arguments):
     if now == event and str(arguments[0]).endswith(ending):
@@ -420,13 +433,14 @@ except UserError as error:
 print(text.md5, len(text.train), len(text.valid), len(text.test))
 """
 LOADED = f"{IDENTITY.md5} 2700000 150000 150001\n"
+BEGINNING = hashlib.md5(PLAIN[:1_000_000]).hexdigest()
 
 
 def _child(
     data_dir: Path, name: str = "enwik8", die_at: tuple[str, str] = ("", ""), **options: object
 ) -> subprocess.Popen[str]:
     """A process that loads a text; with die_at it kills itself, as kill -9 does, just before it does that."""
-    command = [sys.executable, "-c", CHILD, data_dir, name, *die_at, str(IDENTITY.size), IDENTITY.md5]
+    command = [sys.executable, "-c", CHILD, data_dir, name, *die_at, str(IDENTITY.size), IDENTITY.md5, BEGINNING]
     return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
@@ -465,7 +479,7 @@ def test_corpora_that_are_cut_from_the_same_are_fetched_once(server: Server, tmp
     assert "another process prepares the corpus" in beginning.stderr.readline()
     server.hold.set()
     assert whole.communicate(timeout=60)[0] == LOADED
-    assert beginning.communicate(timeout=60) == ("beginning 900000 50000 50000\n", "")
+    assert beginning.communicate(timeout=60) == (f"{BEGINNING} 900000 50000 50000\n", "")
 
 
 @pytest.mark.parametrize(

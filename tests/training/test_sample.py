@@ -154,6 +154,7 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
     ("flag", "value"),
     [
         ("--length", "-1"),
+        ("--length", str(10**20)),
         ("--temperature", "-0.5"),
         ("--temperature", "nan"),
         ("--top-p", "0.0"),

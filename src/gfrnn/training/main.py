@@ -221,7 +221,7 @@ def print_presets() -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"Presets; those of text at {PAPER_SYMBOLS} symbols (text is bytes, so a run has 256)",
+        title=f"Presets; weights of those of text at the paper's {PAPER_SYMBOLS} symbols, FLOP at 256, as a run has",
         caption="recurrent: weights with global gates, no biases, no softmax; of programs those of both "
         "nets. FLOP: to train, a character (of the target, for programs); look-ups of one-hot symbols cost none",
     )

@@ -130,8 +130,8 @@ def main() -> None:
 
 def _main() -> None:
     settings = parse(SampleSettings, sys.argv[1:])
-    if settings.length < 0:
-        raise UserError(f"--length is {settings.length}; it must not be negative")
+    if not 0 <= settings.length < 2**40:
+        raise UserError(f"--length is {settings.length}; it must be from 0 to 2^40 - 1")
     if not settings.temperature >= 0:  # nor nan
         raise UserError(f"--temperature is {settings.temperature}; it must not be negative")
     if not 0 < settings.top_p <= 1:
