@@ -9,6 +9,8 @@ READY  := $(VENV)/.ready
 GPUS      := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 RUN       ?= runs/demo
+# Where they meet: DeepSpeed's own 29500 may be taken by another training.
+PORT      ?= $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 .PHONY: install train test lint types test-systems clean
 
@@ -18,13 +20,14 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt src/gfrnn/nn/cpu_kernels.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "installing into $(VENV): about 4 GB (more with CUDA), some minutes without a word" >&2
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 train: $(READY)
-	DS_ACCELERATOR=$(if $(filter-out 0,$(GPUS)),cuda,cpu) $(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) src/train.py --deepspeed ds_configs/z2.json --preset demo --output-dir $(RUN)
+	DS_ACCELERATOR=$(if $(filter-out 0,$(GPUS)),cuda,cpu) $(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) --master_port $(PORT) src/train.py --deepspeed ds_configs/z2.json --preset demo --output-dir $(RUN)
 
 # What measures by the clock has the machine to itself. The rest, whatever waits for something to happen included, runs
 # two files at a time, those that take longest first, so that none is left alone at the end.
