@@ -1,4 +1,7 @@
-"""Two hosts on this machine: network namespaces with a cable between them, as fast as it is told to be (needs root)."""
+"""Two hosts on this machine: network namespaces with a cable between them, as fast as it is told to be (needs root).
+
+For benchmarks to import: no program of its own.
+"""
 
 from __future__ import annotations
 

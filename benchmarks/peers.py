@@ -1,5 +1,7 @@
 """What a training step of ours is compared with: the same arithmetic as others would do it.
 
+For benchmarks to import: no program of its own.
+
 Legend: T steps, B rows, L layers, H units.
 """
 

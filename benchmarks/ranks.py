@@ -1,4 +1,4 @@
-"""Processes of a group that a benchmark has started."""
+"""Processes of a group that a benchmark has started. For benchmarks to import: no program of its own."""
 
 from __future__ import annotations
 

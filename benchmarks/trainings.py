@@ -1,4 +1,4 @@
-"""One training through src/train.py, to its end, for the comparisons in this folder."""
+"""One training through src/train.py, to its end, for benchmarks to import: no program of its own."""
 
 from __future__ import annotations
 

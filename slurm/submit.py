@@ -39,6 +39,11 @@ WHERE = (  # sbatch's flags that say where jobs go, not how large they are
     ("-C", "--constraint"),
     ("--reservation",),
 )
+UNREACHED = (  # sbatch's words where it finds no controller
+    "Unable to contact slurm controller",
+    "Could not establish a configuration source",
+    "slurm_persist_conn_open",
+)
 
 
 class Error(Exception):
@@ -136,12 +141,14 @@ def check(jobs: list[Job], arguments: argparse.Namespace, environment: dict[str,
     if shutil.which(command[0], path=environment.get("PATH")) is None:
         return say(f"{command[0]} is not on this machine: the flags of the training are not looked at")
     flags = jobs[0].flags
-    trainings = [("", flags)]
+    trainings = [("", "JOBID", flags)]
     if arguments.kind == "study":
         points = enumerate(read_points(arguments.points), 1)
-        trainings = [(f"point {number}: ", [*point, *flags[1:]]) for number, point in points]
+        trainings = [(f"point {number}: ", f"JOBID-{number}", [*point, *flags[1:]]) for number, point in points]
     there = {**environment, "WORLD_SIZE": str(processes(jobs[0].sbatch, environment))}
-    for name, each in trainings:
+    for name, of_job, each in trainings:
+        if not values_of(each, ["--output-dir"]).get("output_dir"):
+            each = [*each, "--output-dir", f"runs/gfrnn-{jobs[0].script}-{of_job}"]  # launch.sh's, a new one
         if not values_of(each, ["--deepspeed"]).get("deepspeed"):
             each = [*each, "--deepspeed", "ds_configs/z2.json"]  # launch.sh's own
         done = subprocess.run([*command, *each], cwd=HOME, env=there, capture_output=True)
@@ -149,7 +156,8 @@ def check(jobs: list[Job], arguments: argparse.Namespace, environment: dict[str,
         if done.returncode == USER:
             raise Error(name + (said[-1].replace("error: ", "", 1) if said else "refused"))
         if done.returncode != 0:
-            return say(f"src/train.py cannot run on this machine ({said[-1] if said else done.returncode})")
+            why = said[-1] if said else done.returncode
+            return say(f"src/train.py cannot run on this machine ({why}); the flags were not checked")
     return None
 
 
@@ -188,15 +196,31 @@ def submit(jobs: list[Job], environment: dict[str, str]) -> None:
         raise Error("there is no sbatch here: submit from a login node, or look at what it would be with --dry-run")
     numbers: list[str] = []
     for job in jobs:
-        done = subprocess.run(depend(job, numbers).call(), cwd=HOME, env=environment, stdout=subprocess.PIPE)
-        if done.returncode != 0:
+        status, printed, said = call(depend(job, numbers).call(), environment)
+        if status != 0:
             there = f"; job {' and '.join(numbers)} waits: scancel {' '.join(numbers)}" if numbers else ""
+            if any(words in said for words in UNREACHED):
+                raise Error(f"sbatch reaches no SLURM controller (above): submit from a login node, or later{there}")
             raise Error(f"sbatch refuses the {job.kind} job (above); flags of src/train.py come after --{there}")
-        numbers.append(done.stdout.decode().strip().partition(";")[0])
+        numbers.append(printed.strip().partition(";")[0])
         print(job.kind, numbers[-1], flush=True)
     say(
         f"submitted; squeue --job {','.join(numbers)} shows them, and they print to slurm-*-{numbers[0]}*.out in {HOME}"
     )
+
+
+def call(sbatch: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """Its status, stdout and stderr, whose lines are passed on as they come: it may try again for minutes."""
+    pipe, said = subprocess.PIPE, b""
+    with subprocess.Popen(sbatch, cwd=HOME, env=environment, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stderr:
+            said += line
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+        printed = process.stdout.read()
+    return process.returncode, printed.decode(), said.decode(errors="replace")
 
 
 def depend(job: Job, numbers: list[str]) -> Job:

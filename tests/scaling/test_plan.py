@@ -14,6 +14,7 @@ import pytest
 from gfrnn.config import UserError, preset
 from gfrnn.scaling.folder import Result, StudyFolder
 from gfrnn.scaling.grid import Grid, How, expand, prepared
+from gfrnn.scaling.main import PlanCommand
 from gfrnn.scaling.plan import Peak, Planned, training_flags
 from gfrnn.scaling.records import Machine, Measurement, Point
 from launch import ROOT, environment, script, script_at_once
@@ -161,6 +162,30 @@ def test_a_cpus_peak_is_of_a_process_threads_beside_the_others(monkeypatch: pyte
             assert threads.pop() == min(own, 4)
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_rate_that_was_measured_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr("gfrnn.training.flops.gemm_peak", lambda device, dtype: 8e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(2)))
+
+    def notes(gflops: float, *world_sizes: int) -> list[str]:
+        PlanCommand(Grid(presets=("demo",), world_sizes=world_sizes, rows=(8,)), memory=8.0, gflops=gflops)()
+        return capsys.readouterr().err.splitlines()
+
+    (rate,) = notes(0, 1, 2)
+    assert rate.startswith("note: the times rest on 4 GFLOP/s in fp32 a process, half of what large products reach")
+    assert notes(0, 1, 8) == [
+        rate,
+        "note: points have up to 8 processes a node, and this machine 2 cores: their times are those of processes that "
+        "share them",
+    ]
+    assert notes(10, 1, 8) == []
 
 
 def test_what_processes_reach_beside_as_many_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_it_says_from_where_on_more_are_not_worth_it(made: Report) -> None:
     assert beyond
     for line in beyond:
         number = re.search(r"beyond (\d+) process", line)
-        share = re.search(r"\((\d+)% at (\d+)\)", line)
+        share = re.search(r"\((\d+)% at (\d+); 90 % interval: \d+% to \d+%\)", line)
         assert number is not None
         assert share is not None
         assert int(share[1]) < 50
@@ -226,6 +226,28 @@ def test_what_cannot_be_reported_is_a_line() -> None:
     failed = [dataclasses.replace(each, failed="no memory") for each in measurements]
     with pytest.raises(UserError, match=r"every point of the study failed \(no memory\)"):
         make(failed, timed)
+
+
+def test_few_points_are_one_number_and_no_comparison() -> None:
+    measurements, timed = study()
+    one = measurements[0]
+    two = dataclasses.replace(measurements[1], point=dataclasses.replace(measurements[1].point, rows=one.point.rows))
+    lines = make([one, two], timed, clusters=[load_cluster("dgx-h100")]).conclusions
+    reached = next(line for line in lines if " processes reach " in line)
+    assert re.search(r": 2 processes reach \d+% \(z0, 8 rows\) of 2 times one\.$", reached)
+    assert any(re.fullmatch(r"Communication takes \d+% of an update \(z0, 2 processes, .*\)\.", line) for line in lines)
+    assert "The bytes that theory gives are 0.00% off those counted." in lines
+    assert not any("Least is sent" in line for line in lines)
+    beyond = [line for line in lines if "up to 4096 processes" in line or "falls below 50 %" in line]
+    assert sum(line.startswith("Predicted from 2 points: on this network (synthetic), ") for line in beyond) == 2
+    assert sum(line.startswith("Predicted from data sheets' rates: on DGX H100, ") for line in beyond) == 2
+    assert len(beyond) == 4
+    assert any("(45% at 2; no interval: too few points)" in line for line in beyond)
+
+    lines = make([one], []).conclusions
+    assert any(re.fullmatch(r"The products' peak is used to \d+% \(z0, 1 process, .*\)\.", line) for line in lines)
+    assert "Memory is predicted at 1.10 of what is measured." in lines
+    assert "The model of a step's time is 0.0% off on the one point it was fitted to." in lines
 
 
 def test_one_process_alone_is_reported() -> None:

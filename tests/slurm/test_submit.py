@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +12,17 @@ from typing import Any
 
 import pytest
 
+from gfrnn.config import preset
+from gfrnn.runs import RunFolder
 from launch import ROOT, environment
 from submit import processes
 
 
-def submit(*arguments: str | Path, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
-    command: list[Any] = [sys.executable, "-I", ROOT / "slurm/submit.py", *arguments]
-    env = environment(GFRNN_PYTHON=sys.executable, **extra)
+def submit(
+    *arguments: str | Path, cwd: Path = ROOT, program: Path = ROOT / "slurm/submit.py", **extra: str
+) -> subprocess.CompletedProcess[str]:
+    command: list[Any] = [sys.executable, "-I", program, *arguments]
+    env = environment(**{"GFRNN_PYTHON": sys.executable, **extra})
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -125,6 +131,67 @@ def test_a_point_that_cannot_work_is_named(tmp_path: Path) -> None:
     points.write_text("--rows 8\n--rows x\n")
     done = submit("study", "--points", points, "--dry-run")
     assert (done.returncode, "error: point 2: Error parsing --rows" in done.stderr) == (2, True)
+
+
+def test_points_without_a_folder_have_new_ones(tmp_path: Path) -> None:
+    """Whatever is in the preset's."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    for name in ("src", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    there = RunFolder(tmp_path / "runs/demo")
+    there.create(preset("demo"), {}, "0123456789abcdef")
+    there.append_metrics({"step": 1})
+    points = tmp_path / "points.txt"
+    points.write_text("--preset demo --seed 8\n--preset demo --seed 9\n")
+    program = tmp_path / "slurm/submit.py"
+    assert len(calls(submit("study", "--points", points, "--dry-run", program=program))) == 1
+    assert len(calls(submit("train", "--dry-run", "--", "--preset", "demo", "--seed", "8", program=program))) == 1
+    points.write_text("--preset demo --seed 8\n--preset demo --seed 9 --output-dir runs/demo\n")
+    done = submit("study", "--points", points, "--dry-run", program=program)
+    assert (done.returncode, "point 2: --output-dir runs/demo holds a run with" in done.stderr) == (2, True)
+
+
+def test_flags_that_cannot_be_checked_are_said_not_to_be(tmp_path: Path) -> None:
+    python = program_that(tmp_path / "python", "echo \"No module named 'psutil'\" >&2; exit 1")
+    done = submit("train", "--dry-run", GFRNN_PYTHON=str(python))
+    assert done.returncode == 0
+    said = "src/train.py cannot run on this machine (No module named 'psutil'); the flags were not checked\n"
+    assert done.stderr == said
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("Batch job submission failed: Unable to contact slurm controller (connect failure)", "reaches no SLURM"),
+        ("Could not establish a configuration source", "reaches no SLURM controller (above)"),
+        ("invalid partition specified: gpv", "refuses the train job (above); flags of src/train.py come after --"),
+    ],
+)
+def test_why_sbatch_fails(tmp_path: Path, said: str, meant: str) -> None:
+    python = program_that(tmp_path / "python", "exit 0")
+    program_that(tmp_path / "sbatch", f"echo 'sbatch: error: {said}' >&2; exit 1")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = submit("train", GFRNN_PYTHON=str(python), PATH=path)
+    first, second = done.stderr.splitlines()
+    assert (done.returncode, first) == (2, f"sbatch: error: {said}")
+    assert second.startswith(f"error: sbatch {meant}")
+
+
+def program_that(path: Path, does: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("name", ["train", "study", "measure", "evaluate", "export", "serve"])
+def test_a_batch_script_outside_a_job_is_an_error(name: str, tmp_path: Path) -> None:
+    env = {key: value for key, value in environment().items() if not key.startswith(("SLURM_", "GFRNN_"))}
+    for cwd, said in ((ROOT, "this is a batch script: sbatch "), (tmp_path, ". is not a checkout of gfrnn; ")):
+        command = ["bash", str(ROOT / f"slurm/{name}.sbatch")]
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {said}")
+        assert done.stderr.count("\n") == 1
 
 
 def test_odd_lines_of_points(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gfrnn.config import ModelSettings, RunFailed, UserError, preset
 from gfrnn.data import Bytes
 from gfrnn.nn import LanguageModel
 from gfrnn.runs import Checkpoint, RunFolder
-from gfrnn.training.evaluate import EvaluateSettings, _validate, evaluate
+from gfrnn.training.evaluate import EvaluateSettings, _validate, evaluate, progress_bar
 from gfrnn.training.evaluation import score, score_dynamic
 from launch import script
 
@@ -355,6 +355,18 @@ def test_evaluate_the_corpus_and_dynamically(
         assert learned[key] < 0.9 * still[key]
     assert (still["dynamic"], learned["dynamic"]) == (False, True)
     assert "test, dynamic" in capsys.readouterr().out
+
+
+def test_progress_is_a_line_now_and_then_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with progress_bar("valid") as bar:
+        for part in range(1, 101):
+            clock[0] += 1
+            bar(part / 100)
+    assert capsys.readouterr().err == "valid: 31% scored\nvalid: 62% scored\nvalid: 93% scored\n"
 
 
 def test_evaluate_refuses_an_empty_file(run_folder: Path, tmp_path: Path) -> None:

@@ -162,7 +162,10 @@ def test_a_finished_run_arrives_whole(run: Run, monkeypatch: pytest.MonkeyPatch)
     run.write(*range(1, 8))
     run.finish()
     done = send(run)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    where = f"MLflow at {tracking_uri(run.path)}"
+    sent = f"{7 * len(set(run.written[0]) - {'step', 'time'}) + 1} values of metrics and 4 artifacts"
+    assert done.stdout == f"{where} was sent {sent} of {run.path}: it has all of it now\n"
 
     there = mlflow_run(run)
     assert there.info.status == "FINISHED"
@@ -195,7 +198,8 @@ def test_a_finished_run_arrives_whole(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert (state["run_id"], state["tracking_uri"]) == (there.info.run_id, tracking_uri(run.path))
     assert f"sqlite:///{run.path.parent}/mlflow.db" in ui_command(run.path)
 
-    assert send(run).returncode == 0  # again: nothing doubles
+    again = send(run)  # nothing doubles
+    assert (again.returncode, again.stdout) == (0, f"{where} has all of {run.path}\n")
     assert history(run) == expected(run)
     assert run.state()["run_id"] == there.info.run_id
 

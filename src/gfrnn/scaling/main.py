@@ -56,6 +56,8 @@ class PlanCommand:
         for each in planned:
             if each.refused:
                 cli.say(f"note: {each.point.name} {each.refused}")
+        for note in peak.notes(points):
+            cli.say(f"note: {note}")
         if self.json is not None:
             self.json.write_text(to_json(planned))
         if self.points is not None:

@@ -151,6 +151,23 @@ class Peak:
         peak = _SHARE * self._measured(point.dtype)
         return peak if self._cuda else peak * min(1.0, cli.cores() / (per_node * self._threads))
 
+    def notes(self, points: Sequence[Point]) -> list[str]:
+        """What the points' times rest on, as far as it was measured on this machine."""
+        if not self._here:
+            return []
+        rates = " and ".join(f"{_SHARE * peak / 1e9:.3g} GFLOP/s in {dtype}" for dtype, peak in self._here.items())
+        found = [
+            f"the times rest on {rates} a process, half of what large products reach here now (less while other "
+            "programs run); --gflops or --measured give another rate"
+        ]
+        most, cores = max(map(_per_node, points)), cli.cores()
+        if most > cores and not self._cuda:
+            found.append(
+                f"points have up to {most} processes a node, and this machine {cores} core{'s' * (cores > 1)}: their "
+                "times are those of processes that share them"
+            )
+        return found
+
     @property
     def _cuda(self) -> bool:
         import torch

@@ -45,10 +45,10 @@ def _reached(title: str, kind: str, machine: Machine, found: Sequence[Curve]) ->
     ends = sorted((curve.points[-1] for curve in longest), key=lambda on: on.efficiency)
     where = f" on {machine.network}" if machine.network else ""
     same = "the rows fixed" if kind == "strong" else "the rows of each fixed"
-    low, high = ends[0], ends[-1]
+    reached = " to ".join(f"{on.efficiency:.0%} ({_point(on)})" for on in (*ends[:1], *ends[1:][-1:]))
     return (
-        f"{title}{where}, {same}: {most} processes reach {low.efficiency:.0%} ({_point(low)}) to {high.efficiency:.0%} "
-        f"({_point(high)}) of {most / least:g} times {'one' if least == 1 else f'what {least} do'}."
+        f"{title}{where}, {same}: {most} processes reach {reached} of {most / least:g} times "
+        f"{'one' if least == 1 else f'what {least} do'}."
     )
 
 
@@ -89,10 +89,14 @@ def parts(report: Report, ran: Sequence[Measurement]) -> None:
         report.conclusions.append(
             f"Communication takes {least.communication_share:.0%} of an update at least ({said(least)}) and "
             f"{most.communication_share:.0%} at most ({said(most)})."
+            if len(several) > 1
+            else f"Communication takes {most.communication_share:.0%} of an update ({said(most)})."
         )
-    alone = max((each for each in ran if each.peak_flops), key=lambda each: each.mfu, default=None)
-    if alone is not None:
-        report.conclusions.append(f"The products' peak is used to {alone.mfu:.0%} at best ({said(alone)}).")
+    known = [each for each in ran if each.peak_flops]
+    if known:
+        best = max(known, key=lambda each: each.mfu)
+        at_best = " at best" * (len(known) > 1)
+        report.conclusions.append(f"The products' peak is used to {best.mfu:.0%}{at_best} ({said(best)}).")
 
 
 def memory(report: Report, ran: Sequence[Measurement]) -> None:
@@ -108,10 +112,8 @@ def memory(report: Report, ran: Sequence[Measurement]) -> None:
         figures_ = [f"{each.memory_bytes / 1e6:,.0f}", f"{each.predicted_memory_bytes / 1e6:,.0f}", f"{ratios[-1]:.2f}"]
         section.rows.append([name, *figures_])
     report.sections.append(section)
-    report.conclusions.append(
-        f"Memory is predicted at {statistics.median(ratios):.2f} of what is measured, in the median "
-        f"({min(ratios):.2f} to {max(ratios):.2f})."
-    )
+    span = f", in the median ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    report.conclusions.append(f"Memory is predicted at {statistics.median(ratios):.2f} of what is measured{span}.")
 
 
 def volume(report: Report, ran: Sequence[Measurement]) -> None:
@@ -141,10 +143,11 @@ def volume(report: Report, ran: Sequence[Measurement]) -> None:
         row = [f"{counted / 1e6:,.1f}", f"{theory / 1e6:,.1f}", f"{off:+.2%}", f"{own / 1e6:,.1f}"]
         section.rows.append([name, kinds, calls, *row])
     report.sections.append(section)
-    report.conclusions.append(
-        f"Least is sent by {least.point.ds_config}{with_compression(least.point)}; the bytes that theory gives are "
-        f"{worst:.2%} off those counted at most."
-    )
+    ways = {(each.point.ds_config, each.point.compression) for each in several}
+    if len(ways) > 1:
+        report.conclusions.append(f"Least is sent by {least.point.ds_config}{with_compression(least.point)}.")
+    at_most = " at most" * (len(several) > 1)
+    report.conclusions.append(f"The bytes that theory gives are {worst:.2%} off those counted{at_most}.")
 
 
 def learning(report: Report, ran: Sequence[Measurement]) -> None:

@@ -45,6 +45,8 @@ class _Place(NamedTuple):
     """Where more processes than were measured are predicted."""
 
     name: str
+    basis: str
+    """What the prediction is made from."""
     model: Model
     point: Point
     """The fastest for a process, of those that the model speaks of."""
@@ -84,10 +86,16 @@ def fits(report: Report, models: Models, configs: Configs) -> None:
         )
     errors = [abs(each.error) for each in found]
     section.figure = figures.fit(found)
-    section.text.append(
-        f"Points that it was fitted to: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}; "
-        f"{sum(each.inside for each in found)} of {len(found)} lie inside their interval."
-    )
+    if len(found) > 1:
+        off = f"{statistics.median(errors):.1%} off in the median, {max(errors):.1%} at worst, on the points"
+        section.text.append(
+            f"Points that it was fitted to: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}; "
+            f"{sum(each.inside for each in found)} of {len(found)} lie inside their interval."
+        )
+    else:
+        off = f"{errors[0]:.1%} off on the one point"
+        section.text.append(f"It was fitted to one point: error {errors[0]:.1%}.")
+    unseen = ""
     for machine, fitted in models.items():
         if fitted is None:
             continue
@@ -95,11 +103,9 @@ def fits(report: Report, models: Models, configs: Configs) -> None:
         for name, group in _GROUPS.items():
             if len({group(each) for each in own}) > 1:
                 section.text.append(_held_out(name, machine, held_out(own, timed, configs, group)))
+                unseen = "; points it has not seen are in its section"
     report.sections.append(section)
-    report.conclusions.append(
-        f"The model of a step's time is {statistics.median(errors):.1%} off in the median, {max(errors):.1%} at worst, "
-        "on the points it was fitted to; points it has not seen are in its section."
-    )
+    report.conclusions.append(f"The model of a step's time is {off} it was fitted to{unseen}.")
 
 
 def _held_out(name: str, machine: Machine, found: HeldOut) -> str:
@@ -127,16 +133,19 @@ def outlook(
             name = f"this network ({machine.network})" if machine.network else "machines such as these"
             several = [each.point for each in own if each.point.nodes > 1]
             per_node = max((point.world_size // point.nodes for point in several), default=8)
-            places.append(_Place(name, model, _fastest(usable(own)), per_node))
+            points = usable(own)
+            basis = f"{len(points)} point{'s' * (len(points) > 1)}"
+            places.append(_Place(name, basis, model, _fastest(points), per_node))
     for cluster in clusters:
         gpu = next((model for machine, (model, _, _) in measured.items() if cluster.has(machine.device)), None)
         dtypes = {dtype for _, dtype in gpu.computes} if gpu is not None else {each.point.dtype for each in ran}
         point = _fastest([each for each in ran if each.point.dtype in dtypes])
         model = for_cluster(cluster, [point], gpu)
+        basis = "data sheets' rates" if gpu is None else "such GPUs as measured and data sheets' rates of links"
         price = cluster.dollars_per_gpu_hour
-        places.append(_Place(cluster.name, model, point, cluster.gpus_per_node, price, assumed=gpu is None))
+        places.append(_Place(cluster.name, basis, model, point, cluster.gpus_per_node, price, assumed=gpu is None))
     for place in places:
-        name, model, point, per_node, _, assumed = place
+        name, _, model, point, per_node, _, assumed = place
         each = max(1, point.rows // point.world_size)
         strong = scaled(model, replace(point, rows=max(point.rows, 64)), configs, per_node=per_node, kind="strong")
         weak = scaled(model, replace(point, rows=each), configs, per_node=per_node, kind="weak")
@@ -152,7 +161,7 @@ def outlook(
             )
         report.sections.append(section)
         for kind, found in (("strong", strong), ("weak", weak)):
-            report.conclusions.append(_beyond(name, kind, found))
+            report.conclusions.append(_beyond(place, kind, found))
         if target is not None:
             worlds = [found.point.world_size for found in weak]
             _to_target(report, place, configs, worlds, target)
@@ -164,25 +173,38 @@ def _fastest(several: Sequence[Measurement]) -> Point:
     return replace(best.point, compression="none")
 
 
+def _interval(found: Prediction) -> str:
+    """Of the efficiency."""
+    return f"{found.efficiency_low:.0%} to {found.efficiency_high:.0%}"
+
+
 def _row(kind: str, found: Prediction) -> list[str]:
-    interval = f"{found.efficiency_low:.0%} to {found.efficiency_high:.0%}"
+    interval = _interval(found)
     speed, step = f"{found.characters_per_second:,.0f}", f"{1e3 * found.step_seconds:.1f}"
     return [kind, str(found.point.world_size), speed, f"{found.efficiency:.0%}", interval, step]
 
 
-def _beyond(name: str, kind: str, found: Sequence[Prediction]) -> str:
+def _beyond(place: _Place, kind: str, found: Sequence[Prediction]) -> str:
     good = [each for each in found if each.efficiency >= 0.5]
     last = good[-1]
-    what = f"On {name}, {kind} scaling ({found[0].point.rows} rows{' a process' * (kind == 'weak')})"
+    rows = f"{found[0].point.rows} rows{' a process' * (kind == 'weak')}"
+    what = f"Predicted from {place.basis}: on {place.name}, {kind} scaling ({rows})"
     if last is found[-1]:
-        return f"{what} keeps {last.efficiency:.0%} efficiency up to {processes(last.point.world_size)}."
+        upto = processes(last.point.world_size)
+        return f"{what} keeps {last.efficiency:.0%} efficiency ({_sure(last)}) up to {upto}."
     after = found[found.index(last) + 1]
     largest = max(after.parts, key=lambda part: after.parts[part])
+    there = f"{after.efficiency:.0%} at {after.point.world_size}; {_sure(after)}"
     return (
-        f"{what}: beyond {processes(last.point.world_size)} efficiency falls below 50 % "
-        f"({after.efficiency:.0%} at {after.point.world_size}); {_IN_WORDS.get(largest, largest)} takes most of an "
-        "update there."
+        f"{what}: beyond {processes(last.point.world_size)} efficiency falls below 50 % ({there}); "
+        f"{_IN_WORDS.get(largest, largest)} takes most of an update there."
     )
+
+
+def _sure(found: Prediction) -> str:
+    """How sure an efficiency is, in words."""
+    interval = _interval(found)
+    return "no interval: too few points" if interval == "0% to 100%" else f"90 % interval: {interval}"
 
 
 _IN_WORDS = {"other": "what each update costs, however small,"}
@@ -214,7 +236,7 @@ def model_of(
 
 
 def _to_target(report: Report, place: _Place, configs: Configs, worlds: Sequence[int], target: Target) -> None:
-    name, model, point, per_node, price, _ = place
+    name, basis, model, point, per_node, price, _ = place
 
     def seconds(world_size: int, rows: int) -> float:
         nodes = max(1, world_size // per_node)
@@ -238,8 +260,8 @@ def _to_target(report: Report, place: _Place, configs: Configs, worlds: Sequence
     report.sections.append(section)
     cost = "" if price is None else f", {price * best.gpu_hours:,.0f} dollars"
     report.conclusions.append(
-        f"On {name}, {best.world_size} GPUs are worth using to reach {target.bpc:g} BPC: {best.hours:.3g} hours, "
-        f"{best.gpu_hours:.3g} GPU-hours{cost}; a doubling beyond that saves less than a third."
+        f"Predicted from {basis}: on {name}, {best.world_size} GPUs are worth using to reach {target.bpc:g} BPC: "
+        f"{best.hours:.3g} hours, {best.gpu_hours:.3g} GPU-hours{cost}; a doubling beyond that saves less than a third."
     )
 
 

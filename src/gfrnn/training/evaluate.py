@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gfrnn.training.evaluation import Score
 
 _MOST = 10**7  # of whatever is counted
+_SECONDS_BETWEEN_LINES = 30.0  # of progress, where stderr is no terminal
 _SEAM_BYTES = 1000  # that a stream reads on into the next piece, to measure what starting it in mid-text adds
 
 
@@ -31,7 +32,7 @@ class EvaluateSettings:
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder (its best checkpoint), a checkpoint folder, or the name of a model that ships (docs/models.md)."""
-    other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")] = ""
+    other: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[OTHER]")] = ""
     """Programs: a second run; what the first gains over it is shown too."""
     text_file: Path | None = None
     """Score this file (plain, .gz, .xz, .zip) instead of the corpus' validation and test parts."""
@@ -44,7 +45,7 @@ class EvaluateSettings:
     warmup: int = 1000
     """Bytes each stream reads before its piece, unscored."""
     dynamic: bool = False
-    """Dynamic evaluation: learn from each segment after scoring it. Its figure is its own column."""
+    """Dynamic evaluation: learn from each segment after scoring it. A figure of another kind: its row says so."""
     dynamic_learning_rate: float = 1e-4
     """Step size of dynamic evaluation, in multiples of each gradient's root mean square in training."""
     dynamic_decay: float = 1e-3
@@ -235,11 +236,26 @@ def _texts(settings: EvaluateSettings, trained: Settings, corpus_md5: str | None
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr, silent where that is no terminal: yields what to call with the part done."""
+    """A bar on stderr, where that is no terminal a line now and then: yields what to call with the part done."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    if not console.is_terminal:
+        yield _lines(name)
+        return
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task(name, total=1.0)
         yield lambda part: progress.update(task, completed=part)
+
+
+def _lines(name: str) -> Callable[[float], None]:
+    last = time.monotonic()
+
+    def show(part: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(f"{name}: {part:.0%} scored")
+
+    return show

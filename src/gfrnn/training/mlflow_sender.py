@@ -86,6 +86,7 @@ class Sender:
         self.sent.save(run_dir)  # before anything is sent: its id must be known afterwards
         self.reader = MetricsReader(self.folder.metrics_path, self.sent.marks)
         self.system = SystemMetrics(self.sent.started)
+        self.values, self.files = 0, 0  # of metrics, and artifacts, that arrived
         self._client: MlflowClient | None = None
         self._params: set[str] = set()  # those that the MLflow run has; they cannot be changed
 
@@ -103,21 +104,23 @@ class Sender:
         while (points := self.reader.read(METRICS_A_BATCH)) is not None:
             self._log(client, points)
             self.reader.commit()
+            self.values += len(points)
             self.sent.series = sorted({*self.sent.series, *(point.key for point in points)})
             self.sent.save(self.run_dir)
         while points := list(islice(self.system.points, METRICS_A_BATCH)):
             self._log(client, points)
             for _ in points:
                 self.system.points.popleft()
-        if over:
-            self._send_end(client, json.loads(summary) if summary else {})
+        figures = self._send_end(client, json.loads(summary) if summary else {}) if over else 0
         # last, since an artifact store may be out of reach where the server is not
         for name, text in _artifacts(config, summary):
             if self.sent.artifacts_sent.get(name) != _checksum(text):
                 client.log_text(run_id, text, name)
+                self.files += 1
                 self.sent.artifacts_sent[name] = _checksum(text)
                 self.sent.save(self.run_dir)
         if summary and self.sent.summary_sent != _checksum(summary):
+            self.values += figures
             self.sent.summary_sent = _checksum(summary)
             self.sent.save(self.run_dir)
 
@@ -165,7 +168,8 @@ class Sender:
         for first in range(0, len(new), PARAMS_A_BATCH):
             client.log_batch(self.sent.run_id, params=new[first : first + PARAMS_A_BATCH])
 
-    def _send_end(self, client: MlflowClient, summary: dict[str, Any]) -> None:
+    def _send_end(self, client: MlflowClient, summary: dict[str, Any]) -> int:
+        """How many figures the summary adds."""
         there = [path for path in (self.folder.metrics_path, self.folder.summary_path) if path.exists()]
         ended = max((path.stat().st_mtime for path in there), default=self.sent.started)
         milliseconds, step = int(ended * 1000), self.reader.cursor.last_step
@@ -176,6 +180,7 @@ class Sender:
             if checkpoint := self.folder.named_checkpoint(name):
                 client.set_tag(self.sent.run_id, f"checkpoint.{name}", str(checkpoint.absolute()))
         client.set_terminated(self.sent.run_id, STATUS[summary.get("status", "stopped")], milliseconds)
+        return len(figures)
 
 
 class SystemMetrics:

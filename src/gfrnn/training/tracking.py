@@ -176,9 +176,18 @@ def send(run_dir: Path, experiment: str, *, follow: bool, drain: float) -> int:
                 if failures > 1:
                     _say(f"at {sender.sent.tracking_uri} is back")
                 if over:
+                    if not follow:
+                        print(_arrived(sender))
                     return 0
                 failures = 0
         trainer.wait(POLL)
+
+
+def _arrived(sender: Sender) -> str:
+    if not sender.values and not sender.files:
+        return f"MLflow at {sender.sent.tracking_uri} has all of {sender.run_dir}"
+    what = f"{sender.values:,} values of metrics and {sender.files} artifacts of {sender.run_dir}"
+    return f"MLflow at {sender.sent.tracking_uri} was sent {what}: it has all of it now"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
