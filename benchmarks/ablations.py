@@ -94,6 +94,9 @@ def _main() -> None:
     run_.add_argument(
         "--rates", type=float, nargs="*", default=[1e-4, 3e-4], help="of dynamic evaluation; none: skip it"
     )
+    run_.add_argument(
+        "--no-averages", dest="averages", action="store_false", help="score the weights, not their averages"
+    )
     run_.add_argument("--device", default="auto", help="of evaluation")
     report_ = actions.add_parser("report", help="tables of what is there")
     report_.add_argument("folder", type=Path)
@@ -155,6 +158,8 @@ def run_all(args: argparse.Namespace) -> None:
         if value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
     found, missing = ablations_of(args.preset, args.training)
+    if not args.averages and found.pop("no averaging", None) is not None:
+        missing["no averaging"] = "weights are scored without"
     if args.only is not None:
         unknown = [name for name in args.only if name not in ABLATIONS]
         if unknown:
@@ -181,12 +186,14 @@ def run_all(args: argparse.Namespace) -> None:
 
 def keep_plan(args: argparse.Namespace) -> None:
     """Writes what makes runs comparable; raises UserError if the folder has runs of something else."""
-    plan = {name: getattr(args, name) for name in ("preset", "updates", "training", "streams", "bytes", "rates")}
+    plan = {
+        name: getattr(args, name) for name in ("preset", "updates", "training", "streams", "bytes", "rates", "averages")
+    }
     path = args.folder / PLAN
     if path.exists():
         before = json.loads(path.read_text())
         for name, value in plan.items():
-            if before[name] != value:
+            if before.get(name, True) != value:
                 raise UserError(f"{args.folder} was begun with {name} {before[name]}, not {value}: give another folder")
     args.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
@@ -213,7 +220,13 @@ def bpc_of(run: Path, split: str, rate: float | None, args: argparse.Namespace) 
     """BPC of one text as evaluate.py finds it; dynamic with a rate."""
     path = score_file(run, split, rate)
     if not path.exists():
-        settings = EvaluateSettings(str(run), text_file=args.folder / split, streams=args.streams, device=args.device)
+        settings = EvaluateSettings(
+            str(run),
+            text_file=args.folder / split,
+            streams=args.streams,
+            device=args.device,
+            averages=args.averages,
+        )
         if rate is not None:
             settings = dataclasses.replace(settings, dynamic=True, dynamic_learning_rate=rate)
         with contextlib.redirect_stdout(sys.stderr):  # its tables are this program's progress

@@ -326,6 +326,14 @@ def test_a_wrong_path_answers_before_torch_is_imported(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- damage and misfits
 
 
+def test_a_model_at_its_averages_or_its_weights(tmp_path: Path) -> None:
+    saved = checkpoint_of(1)
+    path = new_run(tmp_path / "run").save(saved, 1, best=False, keep_last=2)
+    assert saved.averages is not None
+    assert same(dict(load_model(path)[0].state_dict()), saved.averages)
+    assert same(dict(load_model(path, averages=False)[0].state_dict()), saved.weights)
+
+
 def test_weights_that_are_not_finite_are_a_users_error(tmp_path: Path) -> None:
     saved = checkpoint_of(1, averages=False)
     next(iter(saved.weights.values())).view(-1)[3] = math.nan

@@ -451,17 +451,18 @@ def load_weights(model: Model, weights: TensorsByName, where: Path | str) -> Non
     model.load_state_dict(weights)
 
 
-def load_model(run: str | Path, dtype: str | None = None) -> tuple[Model, Settings, Path]:
-    """The model of RUN with its best weights (averages where kept), its settings and the checkpoint's folder."""
+def load_model(run: str | Path, dtype: str | None = None, *, averages: bool = True) -> tuple[Model, Settings, Path]:
+    """The model of RUN at its best, its settings and the checkpoint's folder. averages: of the weights, where kept."""
     from gfrnn.nn import build_model
 
     path = find_checkpoint(run)
     checkpoint = load_checkpoint(path, weights_only=True)
+    weights = checkpoint.best_weights if averages else checkpoint.weights
     settings = Settings.from_json(checkpoint.trainer["settings"])
-    if unfit := [name for name, weight in checkpoint.best_weights.items() if not weight.isfinite().all()]:
+    if unfit := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise UserError(f"{path} cannot be used: {unfit[0]} is not finite")
     model = build_model(settings, dtype)
-    load_weights(model, checkpoint.best_weights, path)
+    load_weights(model, weights, path)
     return model.eval(), settings, path
 
 

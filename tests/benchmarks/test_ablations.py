@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,9 @@ def test_a_study_is_run_resumed_and_reported(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert torn.exists()
     assert {path: path.stat().st_mtime_ns for path in files} == files
+    wrong = warm_python(SCRIPT, "run", folder, "--no-averages", *flags)
+    assert wrong.returncode == 2
+    assert "was begun with averages True, not False" in wrong.stderr.splitlines()[-1]
     wrong = warm_python(SCRIPT, "run", folder, "--updates", "5", *flags[2:])
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith(f"error: {folder} was begun with updates 4, not 5")
@@ -135,6 +139,19 @@ def test_a_study_is_run_resumed_and_reported(tmp_path: Path) -> None:
     assert f"{ablated['test']:.4f}" in lines[3]
     with names["csv"].open(newline="") as file:
         assert float(list(csv.DictReader(file))[1]["test"]) == pytest.approx(ablated["test"])
+
+
+def test_weights_may_be_scored_without_their_averages(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    own = ["--updates", "4", "--bytes", "400", "--streams", "2", "--only", "no averaging", "--rates"]
+    flags = ["--", *SMALL, "--data-dir", str(tmp_path / "data")]
+    assert warm_python(SCRIPT, "run", folder, *own, *flags).returncode == 0
+    shutil.copytree(folder / "whole-seed-0", tmp_path / "raw/whole-seed-0")
+    done = warm_python(SCRIPT, "run", tmp_path / "raw", "--no-averages", *own, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "no averaging is left out: weights are scored without" in done.stderr
+    bpc = {name: ablations.read_bpc(tmp_path / f"{name}-seed-0.test.json") for name in ("raw/whole", "study/whole")}
+    assert bpc["raw/whole"] == ablations.read_bpc(folder / "no-averaging-seed-0.test.json") != bpc["study/whole"]
 
 
 def test_what_fails_does_not_end_the_study(tmp_path: Path) -> None:

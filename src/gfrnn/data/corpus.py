@@ -123,7 +123,7 @@ def load_text(settings: DataSettings) -> Text:
             parts = {split: _mapped(folder / f"text-{split}.arrow") for split in SPLIT}
             md5 = hashlib.md5(usedforsecurity=False)
             for part in parts.values():
-                md5.update(memoryview(part))
+                md5.update(part.data)
             damaged = md5.hexdigest() != identity.md5
         except (OSError, ValueError, LookupError) as error:
             if getattr(error, "errno", None) not in (None, errno.ENOENT):  # what pyarrow finds out has no number

@@ -68,6 +68,8 @@ class EvaluateSettings:
     """Programs: log figures, files and heat map to the run's MLflow run, if it has one."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
+    averages: bool = True
+    """Score the averages of the weights, where the run kept them; else the weights themselves."""
     dtype: Literal["run", "fp32", "bf16"] = "run"
     """Of the recurrence's products; run: as it was trained."""
     json: Path | None = None
@@ -158,7 +160,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     from gfrnn.nn import LanguageModel
     from gfrnn.training.evaluation import score, score_dynamic
 
-    model, _, path = load_model(settings.run, None if settings.dtype == "run" else settings.dtype)
+    model, _, path = load_model(
+        settings.run, None if settings.dtype == "run" else settings.dtype, averages=settings.averages
+    )
     assert isinstance(model, LanguageModel)
     model.to(device)
     moments = None
