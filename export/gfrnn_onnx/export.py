@@ -6,6 +6,8 @@ import dataclasses
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from gfrnn.cli import check_writable, parse, run, say
-from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, Settings, UserError
-from gfrnn_onnx.names import DECODER, ENCODER, WEIGHTS, Kind, Metadata
+from gfrnn.config import PROGRAM_SYMBOLS, TARGET_SYMBOLS, Corpus, Settings, UserError
+from gfrnn.shipped import is_shipped
+from gfrnn_onnx.names import DECODER, ENCODER, WEIGHTS, Kind, Metadata, is_utf8
 from gfrnn_onnx.precision import MEANING, Precision
 
 if TYPE_CHECKING:
+    from gfrnn.data import Bytes
     from gfrnn.data.program_batches import ProgramBatch
     from gfrnn.nn import Model
     from gfrnn.nn.language_model import SymbolRNN
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from gfrnn_onnx.verify import Differences
 
 _PIECES = 32  # that held-out text is read in, side by side
+_THERE: Corpus = "enwik8-1m"  # ships with the package
 _PROGRAMS = 256  # held out, that a program model is checked on
 _MOST_UNROLL = 256
 _OTHER_FORMATS = (".json", ".onnxjson", ".onnxtext", ".onnxtxt", ".ort", ".pbtxt", ".prototxt", ".textproto", ".txtpb")
@@ -88,7 +93,8 @@ def _main() -> None:
     output = _validate(settings, trained)
     results = export(settings, checkpoint, trained, corpus_md5, output)
     if settings.json is not None:
-        write_json(settings.json.resolve(), results)
+        with _naming(settings.json):
+            write_json(settings.json.resolve(), results)
     _print(results)
 
 
@@ -111,6 +117,8 @@ def _validate(settings: ExportSettings, trained: Settings) -> Path:
     if programs and settings.text_file is not None:
         say("note: --text-file has no effect on a model of programs")
     output = (settings.output or Path("step" if programs else "step.onnx")).resolve()
+    if not is_utf8(str(output)):
+        raise UserError(f"--output {output}: its name is not UTF-8; give another name")
     if programs and output.is_file():
         raise UserError(f"--output {output}: a model of programs is a folder of two files, and there a file is")
     if not programs and output.is_dir():
@@ -134,9 +142,9 @@ def export(
     """Builds, checks, and only then puts in place. Returns the figures by name; raises UserError if a check fails."""
     from gfrnn.runs import hidden_folder, load_model, sync
 
-    held_out = _held_out(settings, trained, corpus_md5)  # what cannot be found is said before the work
+    held_out = _held_out(settings, checkpoint, trained, corpus_md5)  # what cannot be found is said before the work
     model, _, _ = load_model(checkpoint, "fp32")
-    with hidden_folder(output) as hidden:
+    with hidden_folder(output) as hidden, _naming(output):
         folder = hidden / "new"
         folder.mkdir()
         results = _write(settings, model, checkpoint, trained, held_out, folder, output.name)
@@ -155,12 +163,23 @@ def export(
     if settings.triton is not None:
         from gfrnn_onnx.triton import write_triton
 
-        results["triton"] = str(write_triton(output, settings.triton))
+        with _naming(settings.triton):
+            results["triton"] = str(write_triton(output, settings.triton))
     if settings.register is not None:
         from gfrnn_onnx.mlflow_model import register
 
         results["registered"] = register(output, settings.register, checkpoint.resolve().parent.parent)
     return {"output": str(output), **results}
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Of an OSError that names no file, as one of a write on a full disk: names this."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _write(
@@ -276,7 +295,9 @@ def _metadata(settings: ExportSettings, checkpoint: Path, trained: Settings) -> 
     )
 
 
-def _held_out(settings: ExportSettings, trained: Settings, corpus_md5: str | None) -> list[bytes] | ProgramBatch:
+def _held_out(
+    settings: ExportSettings, checkpoint: Path, trained: Settings, corpus_md5: str | None
+) -> list[bytes] | ProgramBatch:
     """What the export is checked on: pieces of text, or validation programs. Raises UserError if it is not there."""
     if trained.task == "programs":
         import numpy as np
@@ -293,19 +314,33 @@ def _held_out(settings: ExportSettings, trained: Settings, corpus_md5: str | Non
             K = settings.unroll
             raise UserError(f"--unroll {K}: no validation program has a length that {K} divides; take a smaller one")
         return pad(table, fitting, torch.device("cpu"))
-    from gfrnn.data import load_text, read_bytes
+    from gfrnn.data import read_bytes
 
     if settings.text_file is not None:
         text = read_bytes(settings.text_file)
     else:
-        corpus = load_text(trained.data.moved(settings.corpus_file, settings.data_dir))
-        if corpus_md5 not in (None, corpus.md5):
-            raise UserError(f"{corpus.name} is not the text that the run was trained on: give one with --text-file")
-        text = corpus.valid
+        text = _validation_text(settings, checkpoint, trained, corpus_md5)
     size = min(len(text), settings.check_bytes) // _PIECES
     if size == 0:
         raise UserError(f"the text to check on has {len(text)} bytes; give at least {_PIECES} with --text-file")
     return [bytes(text[k * size : (k + 1) * size]) for k in range(_PIECES)]
+
+
+def _validation_text(settings: ExportSettings, checkpoint: Path, trained: Settings, corpus_md5: str | None) -> Bytes:
+    """The run's; for a model that ships, where its corpus cannot be had here, that of the corpus that ships."""
+    from gfrnn.data import load_text
+
+    data = trained.data.moved(settings.corpus_file, settings.data_dir)
+    try:
+        corpus = load_text(data)
+    except UserError as error:
+        if data.corpus_file is not None or not is_shipped(checkpoint):
+            raise UserError(f"{error}; --text-file takes any other text") from error
+        say(f"note: {data.corpus} cannot be had here: checked on a part of {_THERE}, which the model may have learned")
+        return load_text(dataclasses.replace(data, corpus=_THERE)).valid
+    if corpus_md5 not in (None, corpus.md5):
+        raise UserError(f"{corpus.name} is not the text that the run was trained on: give one with --text-file")
+    return corpus.valid
 
 
 def _print(results: dict[str, Any]) -> None:

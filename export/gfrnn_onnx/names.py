@@ -30,12 +30,23 @@ class ModelError(ValueError):
     """A file that cannot be run: missing, damaged, not exported by this package, or not fit for what is asked of it."""
 
 
+def is_utf8(text: str) -> bool:
+    """Whether it can be encoded: a word of a command line or the environment may have bytes in it that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def find_model(model: str | Path) -> Path:
     """The file or folder that is meant: what is there under this path, else the step of the model that ships so named.
 
     Raises ModelError where neither is.
     """
     if Path(model).exists():
+        if not is_utf8(str(model)):
+            raise ModelError(f"{model}: its name is not UTF-8, as ONNX Runtime wants it; give the file another")
         return Path(model)
     from gfrnn import shipped  # here: a path needs nothing but this package
 

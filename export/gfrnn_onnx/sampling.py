@@ -60,7 +60,8 @@ def draw(logits_BV: npt.NDArray[np.float32], samplings: list[Sampling], numbers_
     logits_BV -= logits_BV.max(axis=1, keepdims=True)  # so that no temperature is too small
     greedy_B = np.array([s.temperature == 0 for s in samplings])
     temperature_B = np.array([s.temperature or 1.0 for s in samplings])
-    weight_BV = np.exp(logits_BV / temperature_B[:, None])
+    with np.errstate(over="ignore"):  # -inf is as unlikely as it should be
+        weight_BV = np.exp(logits_BV / temperature_B[:, None])
     for row, sampling in enumerate(samplings):
         if not greedy_B[row] and (sampling.top_k or sampling.top_p < 1):
             _keep(weight_BV[row], sampling)

@@ -250,6 +250,10 @@ def test_errors_as_openai_words_them(client: openai.OpenAI) -> None:
         "param": "max_tokens",
         "code": None,
     }
+    for place, given in (("stop.0", {"stop": [""]}), ("prompt.1.0", {"prompt": [[1], [-1]]}), ("stop", {"stop": 3})):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(**{"model": "small", "prompt": "x", **given})
+        assert caught.value.body["message"].startswith(f"{place}: ")
     with pytest.raises(openai.NotFoundError, match="'gpt-5' does not exist"):
         client.completions.create(model="gpt-5", prompt="x")
     for unsupported in ({"best_of": 3}, {"suffix": "x"}, {"presence_penalty": 1.0}, {"logit_bias": {"5": 1}}):
@@ -302,10 +306,12 @@ def test_lm_eval_finds_what_score_says(server: Server) -> None:
 
 
 def test_curl(server: Server) -> None:
-    command = ["curl", "-sN", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d"]
+    """-d says that what it sends is a form, and a header what it is."""
+    command = ["curl", "-sN", f"{server.url}/v1/completions", "-d"]
     body = json.dumps({"prompt": "Hi", "max_tokens": 4, "stream": True, "seed": 1})
-    done = subprocess.run([*command, body], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("data: [DONE]\n\n")
+    for header in ([], ["-H", "Content-Type: application/json"]):
+        done = subprocess.run([*command, body, *header], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("data: [DONE]\n\n")
     assert server.ask("/healthz")[1]["status"] == "ok"
 
 

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -237,6 +238,43 @@ def test_other_paths_have_error_bodies_too(server: Server) -> None:
         assert (found, set(error)) == (status, {"error"})
 
 
+def test_what_is_no_http_has_an_error_body_too(model: Path) -> None:
+    head = b"/v1/nothing HTTP/1.1\r\nHost: x\r\nConnection: close, Upgrade\r\n"
+    with serving(model) as asked:
+
+        def answer(request: bytes) -> tuple[bytes, Any]:
+            with socket.create_connection(("127.0.0.1", asked.port), timeout=60) as client:
+                client.sendall(request)
+                found, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+            return found.split()[1], json.loads(body)
+
+        for request in (b"hello\r\n\r\n", b"POST " + head + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n"):
+            status, error = answer(request)
+            assert (status, error["error"]["type"]) == (b"400", "invalid_request_error")
+        status, error = answer(b"GET " + head + b"Upgrade: websocket\r\n\r\n")
+        assert (status, error["error"]["type"]) == (b"404", "not_found_error")
+        asked.process.send_signal(signal.SIGTERM)
+        log = asked.process.stderr.read().splitlines()
+    assert [line for line in log if not line.startswith(("stop", "WARNING:  Invalid HTTP"))] == []
+
+
+def test_out_of_descriptors_new_clients_wait(model: Path) -> None:
+    """And are told of in a line each second, until there are some again."""
+    with serving(model) as short:
+        process = psutil.Process(short.process.pid)
+        assert short.ask("/healthz")[0] == 200
+        process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + 20, process.rlimit(psutil.RLIMIT_NOFILE)[1]))
+        begin = time.monotonic()
+        crowd = [socket.create_connection(("127.0.0.1", short.port)) for _ in range(60)]
+        line = "new clients wait: Too many open files\n"
+        assert short.process.stderr.readline() == line
+        for each in crowd:
+            each.close()
+        assert short.ask("/healthz")[0] == 200
+        short.process.send_signal(signal.SIGTERM)
+        assert short.process.stderr.read().count(line) <= time.monotonic() - begin
+
+
 def test_a_thousand_connections(server: Server) -> None:
     async def ask(k: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -312,6 +350,9 @@ def test_what_cannot_be_served_is_one_line(server: Server, model: Path, tmp_path
         ([model, "--port", str(server.port)], f"cannot listen at 127.0.0.1:{server.port}"),
         ([model, "--port", "0", "--host", "127.0.0..1"], "cannot listen at 127.0.0..1:0"),
         ([model, "--port", "0", "--api-key", " "], "the key (--api-key, or GFRNN_API_KEY) is empty"),
+        ([model, "--port", "0", "--api-key", "\udcff"], "the key (--api-key, or GFRNN_API_KEY) is not UTF-8"),
+        ([model, "--name", "\udcff"], "is not UTF-8; give another name"),
+        ([shutil.copy(model, tmp_path / "\udcff.onnx")], "its name is not UTF-8"),
         ([model, "--rows", "0"], "--rows is 0; it must be from 1"),
         ([model, "--idle-seconds", "0"], "--idle-seconds is 0.0; it must be from 0.001"),
         ([model, "--provider", "cuda"], "CUDA cannot be used here"),
@@ -429,29 +470,32 @@ async def application(model: Path, **limits: Any) -> AsyncIterator[Gate]:
 
 
 @pytest.mark.parametrize(
-    ("path", "owner", "name"),
+    ("path", "given", "owner", "name"),
     [
-        ("/v1/completions", completions, "decode"),
-        ("/v1/completions", completions.Completion, "model_dump_json"),
-        ("/v1/score", app, "_score"),
-        ("/v1/score", app.ScoreAnswer, "model_dump_json"),
+        ("/v1/completions", "prompt", completions, "decode"),
+        ("/v1/completions", "prompt", completions.Completion, "model_dump_json"),
+        ("/v1/score", "text", app, "_score"),
+        ("/v1/score", "text", app.ScoreAnswer, "model_dump_json"),
+        ("/tokenize", "prompt", app.Tokens, "model_dump_json"),
+        ("/detokenize", "tokens", app.Text, "model_dump_json"),
     ],
 )
 def test_nobody_waits_while_an_answer_is_built(
-    path: str, owner: Any, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+    path: str, given: str, owner: Any, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, begun, answered = getattr(owner, name), threading.Event(), threading.Event()
 
-    def building(*given: Any, **options: Any) -> Any:
+    def building(*arguments: Any, **options: Any) -> Any:
         begun.set()
         assert answered.wait(30)
-        return original(*given, **options)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, building)
+    asked = [ord("x")] * 1001 if given == "tokens" else "x" * 1001
 
     async def both() -> tuple[int, Any]:
         async with application(model) as served:
-            large = asyncio.create_task(ask(served, path, {{"/v1/score": "text"}.get(path, "prompt"): "x" * 1001}))
+            large = asyncio.create_task(ask(served, path, {given: asked}))
             while not begun.is_set():
                 await asyncio.sleep(0.01)
             assert (await ask(served, "/healthz"))[0] == 200
@@ -460,7 +504,7 @@ def test_nobody_waits_while_an_answer_is_built(
 
     status, answer = asyncio.run(both())
     assert status == 200
-    assert "choices" in answer or len(answer["scores"][0]["bits"]) == 1001
+    assert {"choices", "scores", "tokens", "prompt"} & set(answer)
 
 
 def test_no_max_tokens_is_no_more_than_may_be(model: Path) -> None:

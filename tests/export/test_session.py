@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,8 @@ def test_greedy_text_is_the_torch_model_s(session: Session, model: LanguageModel
         assert session.generate(prompt, 40, temperature=0) == expected
         assert session.generate(prompt, 40, top_k=1) == expected
         assert session.generate(prompt, 40, top_p=1e-9) == expected
+        with warnings.catch_warnings(action="error"):
+            assert session.generate(prompt, 40, temperature=5e-324) == expected
     assert len(set(expected)) > 1
 
 

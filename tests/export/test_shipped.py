@@ -24,7 +24,7 @@ from gfrnn.runs import find_checkpoint, load_checkpoint, load_model
 from gfrnn.training import ship
 from gfrnn.training.card import command
 from gfrnn.training.evaluate import EvaluateSettings, evaluate
-from gfrnn_onnx import ModelError, Session
+from gfrnn_onnx import ModelError, Session, export
 from launch import ROOT, SMALL, environment, losses, script, summary, train, warm_python, warm_script
 
 UPDATES = 60
@@ -348,6 +348,18 @@ def test_enwik8_small_exported(precision: str, most: float, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     bpc = Session(output, "cpu").metadata.bpc
     assert 0 < abs(bpc["exported"] - bpc["trained"]) <= most
+
+
+def test_enwik8_small_exported_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gfrnn.data.corpus._BACK_OFF", ())
+    monkeypatch.setenv("GFRNN_CORPUS_URL", "http://127.0.0.1:1")
+    flags = ["--check-bytes", "320", "--data-dir", tmp_path / "data", "--output", tmp_path / "step.onnx"]
+    monkeypatch.setattr(sys, "argv", ["to_onnx.py", "enwik8-small", *map(str, flags)])
+    export._main()
+    assert "note: enwik8-4m cannot be had here: checked on a part of enwik8-1m" in capsys.readouterr().err
+    assert (tmp_path / "step.onnx").is_file()
 
 
 def test_enwik8_small_closes_what_it_opened() -> None:

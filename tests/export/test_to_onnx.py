@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -275,6 +277,7 @@ def test_flags(run: Path, programs_run: Path, text_file: Path, tmp_path: Path, m
         ([run, "--max-cost", "-1"], "--max-cost is -1"),
         ([run, "--output", tmp_path / "no/folder.onnx"], "give a name in a folder that exists"),
         ([run, "--output", tmp_path / "folder"], "is a folder; give the name of a file"),
+        ([run, "--output", tmp_path / "\udcff.onnx"], "its name is not UTF-8"),
         ([run, "--output", tmp_path / "step.json"], "step.json: its ending means another format"),
         ([run, "--output", tmp_path / "step.pbtxt"], "give a name that ends in .onnx"),
         ([run, "--output", tmp_path / "step.ort"], "give a name that ends in .onnx"),
@@ -287,6 +290,19 @@ def test_flags(run: Path, programs_run: Path, text_file: Path, tmp_path: Path, m
     stack = dataclasses.replace(preset("demo"), model=dataclasses.replace(SMALL, feedback="none"))
     plain = save_run(tmp_path / "stack", stack, language_model(stack.model))
     assert "--gates: this model has no gated feedback" in refused(monkeypatch, plain, "--gates")
+
+
+def test_a_full_disk(run: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose error names no file."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gfrnn_onnx.step.ir.save", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        to_onnx(monkeypatch, run, "--text-file", text_file, "--output", tmp_path / "step.onnx")
+    assert caught.value.filename == str(tmp_path / "step.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unroll_that_no_program_fits(programs_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

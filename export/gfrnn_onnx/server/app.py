@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from gfrnn_onnx.runner import Step
-from gfrnn_onnx.server.completions import Run, States, built, check_ends, check_values, read_texts, submit
+from gfrnn_onnx.server.completions import Run, States, built, check_ends, check_values, read_texts, size, submit
 from gfrnn_onnx.server.engine import Engine, Job, finished
 from gfrnn_onnx.server.limits import GONE, Gate, Limits, error_response
 from gfrnn_onnx.server.metrics import Metrics
@@ -46,6 +46,9 @@ from gfrnn_onnx.server.protocol import (
 from gfrnn_onnx.server.text import decode
 
 T = TypeVar("T")
+
+_TYPES = {"str", "int", "float"}
+"""pydantic's names in the place of a mistake for what a field may be; others, such as list[int], are no identifiers."""
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503)
@@ -123,7 +126,7 @@ def make_app(service: Service, api_key: str | None = None) -> Gate:
         description="A gated-feedback RNN of bytes behind OpenAI's completions interface.",
         lifespan=lifespan,
         responses=_ERRORS,
-        strict_content_type=False,  # what comes without a type is JSON too
+        strict_content_type=False,  # a Gate lets no type through
         redoc_url=None,
         docs_url=None,  # its page loads scripts from elsewhere
     )
@@ -180,7 +183,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
         async def done() -> bytes:
             await finished(jobs)
             check_ends(jobs)
-            return await built(lambda: _scores(jobs), jobs)
+            return await built(lambda: _scores(jobs), size(jobs))
 
         try:
             answer = await _unless_gone(request, done())
@@ -215,18 +218,29 @@ def _add_tokenizer(app: FastAPI) -> None:
         """Every byte is a token."""
         return TokenizerInfo()
 
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Tokens:
+    @app.post("/tokenize", response_model=Tokens)
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Text to the ids of its bytes."""
-        text = body.prompt.removeprefix(START_TEXT)
-        found = [START] * (text != body.prompt) + list(encode(text, "prompt"))
-        return Tokens(tokens=found, count=len(found), max_model_len=2**31 - 1)
+        answer = await built(lambda: _tokens(body.prompt), len(body.prompt))
+        return Response(answer, media_type="application/json")
 
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Text:
+    @app.post("/detokenize", response_model=Text)
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """Ids to text."""
-        given = texts(body.tokens, "tokens")[0] if body.tokens else Given(b"", False)
-        return Text(prompt=START_TEXT * given.marked + decode(given.symbols))
+        answer = await built(lambda: _text(body.tokens), len(body.tokens))
+        return Response(answer, media_type="application/json")
+
+
+def _tokens(given: str) -> bytes:
+    text = given.removeprefix(START_TEXT)
+    found = [START] * (text != given) + list(encode(text, "prompt"))
+    # not looked through again: there may be millions
+    return Tokens.model_construct(tokens=found, count=len(found), max_model_len=2**31 - 1).model_dump_json().encode()
+
+
+def _text(ids: list[int]) -> bytes:
+    given = texts(ids, "tokens")[0] if ids else Given(b"", False)
+    return Text(prompt=START_TEXT * given.marked + decode(given.symbols)).model_dump_json().encode()
 
 
 def _add_state_of_things(app: FastAPI, service: Service) -> None:
@@ -294,7 +308,8 @@ def _in_words(error: RequestValidationError) -> ApiError:
     found = error.errors()
     # of a field that may be one of several things, the complaint that came closest: the deepest
     worst = max(found, key=lambda each: len(each["loc"]))
-    place = [str(part) for part in worst["loc"] if part != "body"]
+    parts = [part for part in worst["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES)]
+    place = [str(part) for part in parts if part != "body"]
     param = place[0] if place else None
     if worst["type"] == UNKNOWN:
         name = worst["ctx"]["name"]

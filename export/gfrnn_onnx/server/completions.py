@@ -132,9 +132,14 @@ def check_ends(jobs: list[Job]) -> None:
         raise ApiError(408, "the request took longer than this server allows", code="timeout")
 
 
-async def built(answer: Callable[[], bytes], jobs: list[Job]) -> bytes:
-    """An answer about jobs that have ended; a large one is built beside the event loop, which others wait for."""
-    if sum(len(job.prompt) + len(job.text) for job in jobs) <= _SMALL:
+def size(jobs: list[Job]) -> int:
+    """Bytes that an answer about jobs is about."""
+    return sum(len(job.prompt) + len(job.text) for job in jobs)
+
+
+async def built(answer: Callable[[], bytes], about: int) -> bytes:
+    """An answer about so many bytes; a large one is built beside the event loop, which others wait for."""
+    if about <= _SMALL:
         return answer()
     return await asyncio.get_running_loop().run_in_executor(_BUILDER, answer)
 
@@ -208,7 +213,7 @@ class Run:
         await finished(self.jobs)
         check_ends(self.jobs)
         kept = [None if job.state is None else self.states.keep(job.state) for job in self.jobs]
-        return await built(lambda: self._answer(kept), self.jobs)
+        return await built(lambda: self._answer(kept), size(self.jobs))
 
     def _answer(self, kept: list[str | None]) -> bytes:
         """kept: the names of the choices' states."""

@@ -1,10 +1,17 @@
-"""uvicorn's connection with time limits on clients that stall: it has one for those that are idle between requests."""
+"""uvicorn's connection with time limits on clients that stall: it has one for those that are idle between requests.
+
+And with our words for what is no HTTP.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gfrnn_onnx.server.limits import error_response
+from gfrnn_onnx.server.protocol import ApiError
 
 
 class Connection(H11Protocol):
@@ -30,6 +37,21 @@ class Connection(H11Protocol):
         """Called when there are new data, and when a response has ended."""
         super().handle_events()
         self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP; nothing where it comes in the body of a request that has its answer already."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # or its own answer would come after this
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = error_response(ApiError(400, msg))
+            headers = [*answer.raw_headers, (b"connection", b"close")]
+            start = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (start, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Not said: uvicorn's advises to install WebSockets, and there are none here."""
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -13,18 +14,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from gfrnn.cli import parse, run, say
 from gfrnn.config import UserError
+from gfrnn_onnx.names import ModelError, find_model, is_utf8
 from gfrnn_onnx.server.limits import Limits
 
 if TYPE_CHECKING:
     import uvicorn
 
     from gfrnn_onnx.server.app import Service
+
+_QUEUE = 2048  # connections that may wait to be taken
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,6 @@ def _main() -> None:
     model = _validate(settings)
     import uvicorn
 
-    from gfrnn_onnx.names import ModelError
     from gfrnn_onnx.runner import Step
     from gfrnn_onnx.server.app import Service, make_app
     from gfrnn_onnx.server.connection import Connection
@@ -66,6 +69,8 @@ def _main() -> None:
     key = os.environ.get("GFRNN_API_KEY") if settings.api_key is None else settings.api_key
     if key is not None and not key.strip():  # of a variable that is not set, most likely
         raise UserError("the key (--api-key, or GFRNN_API_KEY) is empty: leave it out to serve without one")
+    if key is not None and not is_utf8(key):
+        raise UserError("the key (--api-key, or GFRNN_API_KEY) is not UTF-8; give another")
     listener = _listen(settings.host, settings.port)
     provider = None if settings.provider == "auto" else settings.provider
     try:
@@ -83,7 +88,7 @@ def _main() -> None:
         log_level="warning",
         access_log=False,
         lifespan="on",
-        backlog=2048,
+        backlog=1,  # that asyncio takes at a time: where descriptors run out, it tries each of them, and says so
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.limits.request_seconds),  # a client may read its answer slowly
     )
@@ -105,6 +110,12 @@ def _server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().set_exception_handler(_complain)
+            await super().startup(sockets)
+            for each in sockets or ():
+                each.listen(_QUEUE)  # asyncio has made it the backlog
+
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             # uvicorn's own raises the signal again at the end: a clean stop would look like a kill
@@ -125,10 +136,21 @@ def _server(config: uvicorn.Config, service: Service) -> uvicorn.Server:
     return Server(config)
 
 
+def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """In a line where a connection cannot be taken (no descriptor is left, say): asyncio tries again each second."""
+    error = context.get("exception")
+    if "socket" in context and isinstance(error, OSError):
+        say(f"new clients wait: {error.strerror}")
+    else:
+        loop.default_exception_handler(context)
+
+
 def _validate(settings: ServeSettings) -> Path:
     """Refuses what cannot work before anything is loaded; the model's file. Raises UserError."""
     if not 0 <= settings.port < 65536:
         raise UserError(f"--port is {settings.port}; it must be from 0 to 65535")
+    if settings.name is not None and not is_utf8(settings.name):
+        raise UserError(f"--name {settings.name}: is not UTF-8; give another name")
     if settings.threads < 0:
         raise UserError(f"--threads is {settings.threads}; it must not be negative")
     limits = settings.limits
@@ -152,8 +174,6 @@ def _validate(settings: ServeSettings) -> Path:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be from {least} to {most}")
     if settings.model.is_dir():
         raise UserError(f"{settings.model} is a folder: only models of text are served, which are one file")
-    from gfrnn_onnx.names import ModelError, find_model
-
     try:
         return find_model(settings.model)
     except ModelError as error:
@@ -175,7 +195,7 @@ def _listen(host: str, port: int) -> socket.socket:
         # of connections: that a client reads is seen only once a third of it is free
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
         listener.bind(found[4])
-        listener.listen(2048)
+        listener.listen(_QUEUE)
     except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no host can have
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot listen at {host}:{port} ({why}); give another --host or --port") from error
