@@ -160,9 +160,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     from gfrnn.nn import LanguageModel
     from gfrnn.training.evaluation import score, score_dynamic
 
-    model, _, path = load_model(
-        settings.run, None if settings.dtype == "run" else settings.dtype, averages=settings.averages
-    )
+    dtype = None if settings.dtype == "run" else settings.dtype
+    model, _, path = load_model(settings.run, dtype, averages=settings.averages)
     assert isinstance(model, LanguageModel)
     model.to(device)
     moments = None

@@ -46,7 +46,8 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
     device = device_of(settings.device)
     models, paths = [], []
     for run in runs:
-        model, _, path = load_model(run, None if settings.dtype == "run" else settings.dtype)
+        dtype = None if settings.dtype == "run" else settings.dtype
+        model, _, path = load_model(run, dtype, averages=settings.averages)
         assert isinstance(model, EncoderDecoder)
         models.append(model.to(device))
         paths.append(path)
