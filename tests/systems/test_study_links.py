@@ -42,4 +42,4 @@ def test_a_study_over_a_cable(tmp_path: Path) -> None:
     made = make(measurements, sweep)
     page = write(made, tmp_path / "report")
     for rate in ("1gbit", "100mbit"):
-        assert f"On this network ({rate}), strong scaling" in page.read_text()
+        assert f"on this network ({rate}), strong scaling" in page.read_text()
