@@ -193,8 +193,9 @@ def keep_plan(args: argparse.Namespace) -> None:
     if path.exists():
         before = json.loads(path.read_text())
         for name, value in plan.items():
-            if before.get(name, True) != value:
-                raise UserError(f"{args.folder} was begun with {name} {before[name]}, not {value}: give another folder")
+            old = before.get(name, True)  # a folder of before there was a choice of averages has no word of it
+            if old != value:
+                raise UserError(f"{args.folder} was begun with {name} {old}, not {value}: give another folder")
     args.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
 

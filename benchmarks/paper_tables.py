@@ -21,7 +21,6 @@ training: -- --valid-bytes 50000.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -249,7 +248,7 @@ def _parser() -> Parser:
         ):
             budget.add_argument(f"--{kind}", type=float, help=f"{help_}; tune takes a fifth")
         command.add_argument("--valid-every", type=int, default=0, help="updates (default: 20 times in all)")
-        command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a training")
+        command.add_argument("--threads", type=int, default=cli.cores(), help="of a training")
         if name == "tune":
             command.add_argument("--units", nargs="+", default=list(BASELINES))
             command.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))

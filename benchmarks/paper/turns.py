@@ -215,7 +215,7 @@ def this_machine(threads: int) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return {"device": name, "cores": len(os.sched_getaffinity(0)), "threads": threads}
+    return {"device": name, "cores": cli.cores(), "threads": threads}
 
 
 class Notes:

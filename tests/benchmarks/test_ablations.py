@@ -103,6 +103,9 @@ def test_a_study_is_run_resumed_and_reported(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert torn.exists()
     assert {path: path.stat().st_mtime_ns for path in files} == files
+    plan = json.loads((folder / "ablations.json").read_text())
+    assert plan.pop("averages") is True
+    (folder / "ablations.json").write_text(json.dumps(plan))  # as it was before there was a choice
     wrong = warm_python(SCRIPT, "run", folder, "--no-averages", *flags)
     assert wrong.returncode == 2
     assert "was begun with averages True, not False" in wrong.stderr.splitlines()[-1]

@@ -19,6 +19,7 @@ from gfrnn.config import Settings, UserError
 
 if TYPE_CHECKING:
     from gfrnn.data import Bytes
+    from gfrnn.nn import Model
     from gfrnn.training.evaluation import Score
 
 _MOST = 10**7  # of whatever is counted
@@ -152,7 +153,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
-    from gfrnn.runs import checkpoint_origin, find_checkpoint, load_checkpoint, load_model
+    from gfrnn.runs import checkpoint_origin, find_checkpoint, load_checkpoint
     from gfrnn.training.sample import device_of
 
     texts = _texts(settings, *checkpoint_origin(find_checkpoint(settings.run)))
@@ -160,8 +161,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     from gfrnn.nn import LanguageModel
     from gfrnn.training.evaluation import score, score_dynamic
 
-    dtype = None if settings.dtype == "run" else settings.dtype
-    model, _, path = load_model(settings.run, dtype, averages=settings.averages)
+    model, path = load(settings.run, settings)
     assert isinstance(model, LanguageModel)
     model.to(device)
     moments = None
@@ -235,6 +235,15 @@ def _texts(settings: EvaluateSettings, trained: Settings, corpus_md5: str | None
             "or give that text with --corpus-file"
         )
     return {"valid": corpus.valid, "test": corpus.test}
+
+
+def load(run: str, settings: EvaluateSettings) -> tuple[Model, Path]:
+    """The model of a run as the settings have it, and its checkpoint's folder."""
+    from gfrnn.runs import load_model
+
+    dtype = None if settings.dtype == "run" else settings.dtype
+    model, _, path = load_model(run, dtype, averages=settings.averages)
+    return model, path
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from gfrnn.runs import (
     checkpoint_origin,
     checkpoint_step,
     find_checkpoint,
-    load_model,
     replace_file,
     write_json,
 )
@@ -38,7 +37,7 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
         if checkpoint_origin(find_checkpoint(run))[0].task != "programs":
             raise UserError(f"{run} is a model of text; give one of programs (train.py --task programs)")
     from gfrnn.nn import EncoderDecoder
-    from gfrnn.training.evaluate import progress_bar
+    from gfrnn.training.evaluate import load, progress_bar
     from gfrnn.training.grid import score_grid
     from gfrnn.training.sample import device_of
 
@@ -46,8 +45,7 @@ def evaluate_programs(settings: EvaluateSettings, trained: Settings) -> None:
     device = device_of(settings.device)
     models, paths = [], []
     for run in runs:
-        dtype = None if settings.dtype == "run" else settings.dtype
-        model, _, path = load_model(run, dtype, averages=settings.averages)
+        model, path = load(run, settings)
         assert isinstance(model, EncoderDecoder)
         models.append(model.to(device))
         paths.append(path)

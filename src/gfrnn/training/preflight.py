@@ -213,7 +213,7 @@ def _describe(settings: PreflightSettings, cuda: bool, problems: list[Problem]) 
     own = settings.per_node // _local_size()  # processes that are to have what this one can see
     if cuda:
         gpus, driver = _gpus(own, problems)
-    cores, here = len(os.sched_getaffinity(0)), heartbeat.node_name()
+    cores, here = cli.cores(), heartbeat.node_name()
     if cores < own:
         mend = "ask for as many a node, --cpus-per-task (or --exclusive)"
         problems.append(Problem(here, f"{own} processes have {cores} cores", mend, False))
